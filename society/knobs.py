@@ -1,0 +1,41 @@
+"""`Knob`: what the search space knows about one field of a task's recipe.
+
+A recipe is a frozen pydantic model; a field that the society may vary carries a `Knob` in its
+annotation, so that bounds, unit and source stand beside the default and nowhere else::
+
+    depth: Annotated[int, Knob(low=1, high=8, unit="layers", source="...")] = 4
+
+Fields without a `Knob` are fixed: an override of one is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """Range, unit and provenance of one recipe field.
+
+    Give either `low` and `high` (a number, both inclusive) or `choices` (a closed set). A boolean
+    field needs neither.
+    """
+
+    low: float | None = None
+    """Smallest value the search may propose, inclusive."""
+    high: float | None = None
+    """Largest value the search may propose, inclusive."""
+    log: bool = False
+    """Distances and sampling are on a log scale (rates and sizes)."""
+    choices: tuple[Scalar, ...] = ()
+    """The closed set of values, for categories and sizes with gaps."""
+    unit: str = ""
+    """Unit of the value, e.g. `layers`, `tokens`, `fraction of steps`."""
+    group: str = ""
+    """Section of the docs and the report, e.g. `shape`, `schedule`, `optimiser`."""
+    about: str = ""
+    """One sentence: what changes when the value does."""
+    source: str = ""
+    """Where the idea comes from: paper, repository, or a measurement."""
