@@ -1,0 +1,71 @@
+"""Logs: readable lines on a terminal, JSON in the notebook's `logs/society.jsonl`.
+
+Every line carries `society`; lines about an agent carry `agent`, lines about a run `run`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+from structlog.typing import FilteringBoundLogger, Processor
+
+_SHARED: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
+
+def configure(file: Path, *, society: str, console: bool) -> logging.Handler:
+    """Send logs to `file` as JSON lines and, if `console`, to stderr as readable lines.
+
+    Returns:
+        The file's handler; pass it to `close` when the society ends.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger("society")
+    root.handlers.clear()
+    root.propagate = False
+    root.setLevel(logging.INFO)
+    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.setFormatter(_formatter(structlog.processors.JSONRenderer()))
+    root.addHandler(to_file)
+    if console:
+        to_console = logging.StreamHandler(sys.stderr)
+        colours = sys.stderr.isatty()
+        to_console.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=colours)))
+        root.addHandler(to_console)
+    structlog.configure(
+        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(society=society)
+    return to_file
+
+
+def close() -> None:
+    """Detach and close every handler."""
+    root = logging.getLogger("society")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+
+
+def get(name: str, **bound: Any) -> FilteringBoundLogger:
+    """A logger under `society.`; `bound` values go on each of its lines."""
+    logger: FilteringBoundLogger = structlog.stdlib.get_logger(f"society.{name}", **bound)
+    return logger
+
+
+def _formatter(renderer: Processor) -> structlog.stdlib.ProcessorFormatter:
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=_SHARED,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+    )
