@@ -1,0 +1,215 @@
+"""What a role is: the seam every role, shipped or custom, is written against.
+
+A role is stateless. `duties` says what is worth doing now, reading the notebook through a
+read-only `View`; `perform` does one of those duties in a `Lab` and returns what it wants recorded.
+The agent that plays the role commits the returned entries in one transaction, so a role never
+writes to the notebook itself.
+
+Concurrency: one agent at a time reads and decides; the only place where another agent may act in
+between is while `perform` awaits a run. Duties are recomputed after each change of the notebook,
+so `duties` must be quick and must not block.
+
+At-least-once: after a crash `perform` may be called again for the same duty. Runs that had
+finished are already recorded, so derive what is left to do from the notebook.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from society.experiments.space import Space
+    from society.experiments.task import Direction
+    from society.memory.recall import Hit
+    from society.records import Entry, Hypothesis, Run, RunKind, Variant
+    from society.roles.view import View
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """Something worth doing now. Agents take the most valuable one they may take."""
+
+    role: str
+    """Name of the role that can perform it."""
+    kind: str
+    """A verb, unique within the role: `propose`, `verify`, ..."""
+    subject: str = ""
+    """What it is about: a claim id, a run id, a fingerprint."""
+    value: float = 0.0
+    """Worth per slot, 0..100; the shipped roles' values are tabled in docs/roles.md."""
+    needs_slot: bool = False
+    """Whether performing it makes a training run; offered only while a slot is free."""
+    barred: tuple[str, ...] = ()
+    """Agents that may not take it (the author of a claim may not verify it)."""
+    crew: int = 1
+    """How many agents may perform it at the same time."""
+    why: str = ""
+    """One clause for the live view and the timeline."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Identity of the duty across surveys."""
+        return (self.role, self.kind, self.subject)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What performing a duty leads to: entries for one transaction, and a note for the timeline."""
+
+    entries: tuple[Entry, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a brain may know of one screening run."""
+
+    variant: Variant
+    score: float | None
+    """On the validation split; None if the run diverged or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """All that a brain may know. Holds no seed and nothing about verifications of open claims."""
+
+    space: Space
+    direction: Direction
+    task: str
+    champion: Variant
+    champion_score: float | None
+    """The champion's screening score."""
+    results: tuple[Result, ...]
+    """Every screening run in the notebook, in order of finishing."""
+    pending: tuple[Variant, ...]
+    """Variants being screened right now."""
+    noise_sd: float | None
+    entropy: int
+    """Seed for the brain's own randomness: differs at every proposal, repeats with the society."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A variant worth screening, and why."""
+
+    variant: Variant
+    idea: str
+    """The rationale, one sentence."""
+
+
+class Brain(Protocol):
+    """Where ideas come from.
+
+    Called by one agent at a time. `propose` must return a valid variant of `knowledge.space` and
+    should avoid those already known or pending; the experimenter checks and asks again.
+    """
+
+    name: str
+
+    async def propose(self, knowledge: Knowledge) -> Proposal:
+        """Propose the next variant to screen."""
+        ...
+
+
+class Lab(Protocol):
+    """What an agent can do while it performs a duty.
+
+    The run methods wait for a slot and for the run, record it, and return it whatever its outcome.
+    Seeds and splits are chosen by the notebook, never by the caller.
+
+    Raises (all run methods):
+        LeaseError: Somebody else is doing, or has done, the same work.
+        InvariantViolated: The notebook refuses it, e.g. verifying one's own claim.
+    """
+
+    agent: str
+    brain: Brain
+
+    @property
+    def view(self) -> View:
+        """The notebook as it is now."""
+        ...
+
+    async def screen(self, variant: Variant, idea: str) -> Run:
+        """Run a variant on the screening seed; scored on the validation split."""
+        ...
+
+    async def measure(self, variant: Variant, kind: RunKind, claim_id: str | None = None) -> Run:
+        """Run a variant on the next verification seed; scored on the holdout split."""
+        ...
+
+    async def reproduce(self, claim_id: str) -> Run:
+        """Repeat a claim's screening run with the same seed."""
+        ...
+
+    def knowledge(self) -> Knowledge:
+        """What a brain may know now."""
+        ...
+
+    def recall(self, text: str, k: int = 5) -> Sequence[Hit]:
+        """The notebook's prose nearest in meaning to `text`; empty while recall is down."""
+        ...
+
+    def open_hypotheses(self) -> Sequence[Hypothesis]:
+        """Untested hypotheses, best first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetLeft:
+    """What the society may still spend."""
+
+    spent_runs: int
+    """Runs of this society that finished."""
+    runs: int
+    """Training runs that can still be started; estimated when the budget is in minutes."""
+    total: int
+    """Training runs the whole budget allows (estimated likewise)."""
+    seconds: float | None = None
+    """Wall time left, for a budget in minutes."""
+
+
+class Role(ABC):
+    """Base of every role. Subclasses set `name` and implement the two methods."""
+
+    name: ClassVar[str]
+    """Unique, lower case, words joined by hyphens."""
+    about: ClassVar[str] = ""
+    """One line for `society roles`."""
+
+    @abstractmethod
+    def duties(self, view: View) -> Sequence[Duty]:
+        """What is worth doing now, in any order; quick and without side effects."""
+
+    @abstractmethod
+    async def perform(self, duty: Duty, lab: Lab) -> Outcome:
+        """Do one of the duties and say what to record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Charter:
+    """The rules a society works by that roles need to know."""
+
+    patience: int = 3
+    """Screening runs the best proposal must stand unbeaten before it becomes a claim."""
+    calibration_share: float = 0.1
+    """Share of the budget spent on baseline seeds before the search starts."""
+    calibration_min: int = 8
+    """Fewest baseline seeds: the smallest champion pool the gate may be used with."""
+    calibration_max: int = 100
+    """Most baseline seeds."""
+    closing_runs: int = 12
+    """Runs kept at the end for deciding and confirming instead of new ideas."""
+    near: float = 0.02
+    """Largest per-knob distance (unit scale) at which two variants count as the same experiment."""
+    same_idea: float = 0.1
+    """Largest per-knob distance at which two claims belong to one family."""
+    digest_every: int = 20
+    """Screening runs after which the meta-analyst reads the results again."""
+    retries: int = 4
+    """How often a brain is asked again after a duplicate."""
+    roles: tuple[str, ...] = field(default=())

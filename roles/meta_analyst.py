@@ -1,0 +1,112 @@
+"""The meta-analyst: reads all results together, posts insights and hypotheses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from society.errors import InvalidVariant
+from society.experiments.effects import (
+    KnobEffect,
+    KnobVerdict,
+    dead_ends,
+    describe,
+    describe_dead_end,
+    knob_effects,
+)
+from society.records import NewHypothesis, NewInsight
+from society.roles.base import Duty, Lab, Outcome, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from society.records import Entry, Run
+    from society.roles.view import View
+
+MAX_INSIGHTS = 6
+"""Most insights posted by one reading."""
+MAX_HYPOTHESES = 2
+"""Most hypotheses posted by one reading: no more than will soon be tested."""
+
+
+class MetaAnalyst(Role):
+    """Turns many unverified runs into a few sentences and a few next steps.
+
+    What it posts steers the search and the reader; only the gate decides what is believed.
+    """
+
+    name: ClassVar[str] = "meta-analyst"
+    about: ClassVar[str] = "fits knob effects over all runs, posts insights and hypotheses"
+
+    def duties(self, view: View) -> Sequence[Duty]:
+        """`digest` after every so many screening runs, and once more when the budget closes."""
+        fresh = unread(view)
+        enough = 5 if view.closing else view.charter.digest_every
+        if fresh < enough:
+            return []
+        return [Duty(self.name, "digest", value=40, why=f"{fresh} new results")]
+
+    async def perform(self, duty: Duty, lab: Lab) -> Outcome:
+        """Fit the effects, say what stands out, propose the most promising single changes."""
+        view = lab.view
+        effects = knob_effects(
+            view.screenings, view.space, view.champion.variant.overrides, view.task.direction
+        )
+        entries: list[Entry] = list(insights(view, effects))
+        if not view.closing:
+            entries += hypotheses(view, effects)
+        note = f"read {len(view.screenings)} screening runs, posted {len(entries)} entries"
+        return Outcome(tuple(entries), note=note)
+
+
+def unread(view: View) -> int:
+    """Screening runs that finished since the last digest."""
+    digests = [
+        activity.started_at
+        for activity in view.ledger.activities(view.society)
+        if activity.role == MetaAnalyst.name and activity.duty == "digest"
+    ]
+    return sum(run.finished_at > max(digests, default=0.0) for run in view.screenings)
+
+
+def insights(view: View, effects: Sequence[KnobEffect]) -> list[NewInsight]:
+    """The clearest effects and dead ends, in words, with the runs behind them."""
+    clear = [e for e in effects if e.verdict in (KnobVerdict.HELPS, KnobVerdict.HURTS)]
+    clear.sort(key=lambda effect: -abs(effect.delta) / max(effect.se, 1e-12))
+    told = [
+        NewInsight(describe(effect, unit=view.task.unit), _varied(view.screenings, effect.knob))
+        for effect in clear[:MAX_INSIGHTS]
+    ]
+    ends = dead_ends(
+        view.screenings, view.space, view.champion.variant.overrides, view.task.direction
+    )
+    return told + [
+        NewInsight(describe_dead_end(end), _varied(view.screenings, end.knob)) for end in ends[:2]
+    ]
+
+
+def hypotheses(view: View, effects: Sequence[KnobEffect]) -> list[NewHypothesis]:
+    """The champion with one more change that the regression favours."""
+    noise = view.noise.sd if view.noise else 1.0
+    known = {run.variant.fingerprint for run in view.screenings}
+    posted = {one.variant.fingerprint for one in view.ledger.hypotheses(view.scope)}
+    found: list[NewHypothesis] = []
+    hopeful = [effect for effect in effects if effect.delta > 0]
+    for effect in sorted(hopeful, key=lambda effect: -effect.delta):
+        overrides = {**view.champion.variant.overrides, effect.knob: effect.value}
+        try:
+            variant = view.space.variant(view.task.key, overrides)
+        except InvalidVariant:
+            continue
+        if variant.fingerprint in known | posted:
+            continue
+        statement = f"{effect.knob}={effect.value} improves the champion."
+        rationale = describe(effect, unit=view.task.unit)
+        found.append(NewHypothesis(statement, rationale, variant, effect.delta / noise))
+        if len(found) == MAX_HYPOTHESES:
+            break
+    return found
+
+
+def _varied(runs: Sequence[Run], knob: str) -> tuple[str, ...]:
+    return tuple(run.id for run in runs if knob in run.variant.overrides)
+

@@ -1,0 +1,249 @@
+"""`View`: the notebook as roles see it, read-only, with the gate's opinion on every open claim.
+
+A view is made for one state of the notebook and shared by all agents until something is written;
+its facts are computed when first asked for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from society.errors import InvariantViolated
+from society.experiments import gate
+from society.records import Decision, Outcome, RunKind, Variant
+from society.roles.base import BudgetLeft, Charter, Knowledge, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from society.experiments.space import Space
+    from society.experiments.task import Task
+    from society.memory.ledger import Ledger
+    from society.records import Champion, Claim, Lease, Noise, Run, Scope
+
+
+class View:
+    """What is known now. All scores are in the task's metric; `delta` > 0 means better."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        scope: Scope,
+        society: str,
+        task: Task,
+        space: Space,
+        charter: Charter,
+        budget: BudgetLeft,
+        entropy: int,
+    ) -> None:
+        """See `society.app`, which makes views."""
+        self.ledger = ledger
+        self.scope = scope
+        self.society = society
+        self.task = task
+        self.space = space
+        self.charter = charter
+        self.budget = budget
+        self._entropy = entropy
+
+    # ---------------------------------------------------------------- champion and noise
+
+    @cached_property
+    def champion(self) -> Champion:
+        """The best accepted variant."""
+        champion = self.ledger.champion(self.scope)
+        if champion is None:
+            raise InvariantViolated(f"{self.scope.task} has no baseline champion yet.")
+        return champion
+
+    @property
+    def baseline(self) -> Variant:
+        """The task's recipe without any change."""
+        return Variant(self.task.key)
+
+    @cached_property
+    def champion_pool(self) -> Mapping[int, float | None]:
+        """The champion's holdout scores by verification seed."""
+        return self.pool(self.champion.variant)
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """The measured noise floor; None until enough baseline seeds have been run."""
+        return self.ledger.noise(self.scope)
+
+    def pool(self, variant: Variant) -> Mapping[int, float | None]:
+        """A variant's holdout scores by verification seed; None for a run that failed."""
+        return self.ledger.pool(self.scope, variant)
+
+    # ---------------------------------------------------------------- screening
+
+    @cached_property
+    def screenings(self) -> tuple[Run, ...]:
+        """Every screening run, in order of finishing, whatever its outcome."""
+        return self.ledger.runs(self.scope, kinds=[RunKind.SCREENING])
+
+    @cached_property
+    def screening_scores(self) -> Mapping[str, float]:
+        """Fingerprint -> validation score of completed screening runs."""
+        return {
+            run.variant.fingerprint: run.score
+            for run in self.screenings
+            if run.outcome is Outcome.COMPLETED and run.score is not None
+        }
+
+    @property
+    def champion_screening(self) -> float | None:
+        """The champion's own score on the screening seed, which proposals are compared with."""
+        return self.screening_scores.get(self.champion.variant.fingerprint)
+
+    def screening_delta(self, run: Run) -> float | None:
+        """Improvement of a screening run over the champion on the same seed."""
+        reference = self.champion_screening
+        if reference is None or run.score is None:
+            return None
+        return self.task.direction.improvement(reference, run.score)
+
+    @cached_property
+    def winners(self) -> tuple[tuple[Run, float], ...]:
+        """Screening runs that could become a claim against the champion, best first."""
+        if self.noise is None:
+            return ()
+        settled = {
+            claim.variant.fingerprint
+            for claim in self.claims
+            if claim.is_open or claim.verdict_is(Decision.REJECTED, Decision.ROLLED_BACK)
+        } | {entry.variant.fingerprint for entry in self.ledger.champions(self.scope)}
+        found = []
+        for run in self.screenings:
+            delta = self.screening_delta(run)
+            if delta is None or run.variant.fingerprint in settled:
+                continue
+            if gate.worth_filing(delta, self.noise.sd):
+                found.append((run, delta))
+        return tuple(sorted(found, key=lambda pair: -pair[1]))
+
+    def since(self, run: Run) -> int:
+        """Screening runs that finished after `run`."""
+        return sum(other.number > run.number for other in self.screenings)
+
+    # ---------------------------------------------------------------- claims
+
+    @cached_property
+    def claims(self) -> tuple[Claim, ...]:
+        """All claims, oldest first."""
+        return self.ledger.claims(self.scope)
+
+    @cached_property
+    def open_claims(self) -> tuple[Claim, ...]:
+        """Claims without a verdict, the most promising screening result first."""
+        waiting = [claim for claim in self.claims if claim.is_open]
+        return tuple(sorted(waiting, key=lambda claim: -claim.screening_delta))
+
+    @cached_property
+    def assessments(self) -> Mapping[str, gate.Assessment]:
+        """The gate's opinion on each open claim, by claim id."""
+        return {claim.id: gate.assess(self.evidence(claim)) for claim in self.open_claims}
+
+    def evidence(self, claim: Claim) -> gate.Evidence:
+        """The numbers a claim is judged by.
+
+        While the champion is the baseline, its pool *is* the noise measurement, so the noise floor
+        is not entered a second time.
+        """
+        noise = None if claim.reference.is_baseline else self.noise
+        return gate.Evidence(
+            champion=self.pool(claim.reference),
+            candidate=self.pool(claim.variant),
+            s2_base=noise.sd**2 if noise else 0.0,
+            nu_base=noise.seeds - 1 if noise else 0.0,
+            direction=self.task.direction.sign,
+            carried_log_e=claim.carried_log_e,
+            alpha=claim.alpha,
+        )
+
+    def runs_of(self, claim: Claim) -> tuple[str, ...]:
+        """Ids of the holdout runs a verdict on the claim rests on."""
+        kinds = [RunKind.CALIBRATION, RunKind.VERIFICATION]
+        pools = (
+            self.ledger.runs(self.scope, kinds=kinds, variant=variant)
+            for variant in (claim.variant, claim.reference)
+        )
+        return tuple(run.id for pool in pools for run in pool)
+
+    def reproductions(self, claim: Claim) -> tuple[Run, ...]:
+        """Repeats of the claim's screening run by others."""
+        runs = self.ledger.runs(self.scope, kinds=[RunKind.REPRODUCTION], variant=claim.variant)
+        return tuple(run for run in runs if run.claim_id == claim.id)
+
+    def family_of(self, variant: Variant) -> int:
+        """Family of a would-be claim: that of the nearest earlier claim of the same idea, or new.
+
+        Decided from the notebook by distance in the search space, never by the proposer.
+        """
+        near = [
+            (self.space.distance(variant, claim.variant), claim.family) for claim in self.claims
+        ]
+        distance, family = min(near, default=(float("inf"), 0))
+        if distance <= self.charter.same_idea:
+            return family
+        return 1 + max((claim.family for claim in self.claims), default=0)
+
+    def family_capital(self, family: int) -> float:
+        """Log capital the family's closed claims hand on; never positive."""
+        verdicts = [claim.verdict for claim in self.claims if claim.family == family]
+        return gate.family_capital((v.log_e, v.decision) for v in verdicts if v is not None)
+
+    def alpha(self) -> float:
+        """The level of a claim filed now."""
+        kept = (Decision.ACCEPTED, Decision.CONFIRMED)
+        accepted = sum(claim.verdict_is(*kept) for claim in self.claims)
+        filed = len({claim.family for claim in self.claims})
+        return gate.alpha_at(accepted, filed)
+
+    # ---------------------------------------------------------------- work under way, budget
+
+    @cached_property
+    def leases(self) -> tuple[Lease, ...]:
+        """Work under way."""
+        return self.ledger.leases(self.scope)
+
+    def under_way(self, variant: Variant, *kinds: RunKind) -> int:
+        """How many runs of a variant are under way."""
+        mark = variant.fingerprint
+        return sum(
+            lease.kind in kinds and lease.variant.fingerprint == mark for lease in self.leases
+        )
+
+    @property
+    def closing(self) -> bool:
+        """Whether what is left of the budget is kept for deciding and confirming."""
+        return self.budget.runs <= self.charter.closing_runs
+
+    @property
+    def calibration_target(self) -> int:
+        """Baseline seeds to run before the search starts."""
+        wanted = round(self.charter.calibration_share * self.budget.total)
+        return max(self.charter.calibration_min, min(self.charter.calibration_max, wanted))
+
+    # ---------------------------------------------------------------- for brains
+
+    def knowledge(self) -> Knowledge:
+        """What a brain may know: screening results only, no seeds, no open verifications."""
+        return Knowledge(
+            space=self.space,
+            direction=self.task.direction,
+            task=self.task.key,
+            champion=self.champion.variant,
+            champion_score=self.champion_screening,
+            results=tuple(
+                Result(run.variant, self.screening_scores.get(run.variant.fingerprint))
+                for run in self.screenings
+            ),
+            pending=tuple(
+                lease.variant for lease in self.leases if lease.kind is RunKind.SCREENING
+            ),
+            noise_sd=self.noise.sd if self.noise else None,
+            entropy=self._entropy + len(self.screenings) + len(self.leases),
+        )
