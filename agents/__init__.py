@@ -1,0 +1,1 @@
+"""Agents: durable LangGraph graphs that play roles; see docs/architecture.md."""

@@ -1,0 +1,305 @@
+"""What all agents of a society share: the notebook, the executor, the budget, the floor.
+
+`Laboratory` is the society's; `Bench` is one agent's place in it and implements `roles.Lab`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from society import logs
+from society.errors import RecallUnavailable
+from society.records import Decision, HypothesisState, SocietyState, Work
+from society.roles.base import BudgetLeft
+from society.roles.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from society.agents.floor import Floor
+    from society.experiments.executor import Executor
+    from society.experiments.space import Space
+    from society.experiments.task import Task
+    from society.memory.ledger import Ledger
+    from society.memory.recall import Hit, Recall
+    from society.records import Hypothesis, Lease, Run, RunKind, Scope, SocietyRecord, Variant
+    from society.roles.base import Brain, Charter, Duty, Knowledge, Role
+    from society.settings import Settings
+
+T = TypeVar("T")
+
+LEASE_S = 120.0
+"""Seconds a lease lives without a heartbeat; heartbeats come three times as often."""
+FIRST_GUESS_S = 5.0
+"""Assumed duration of a run until the first one has finished."""
+
+
+@dataclass(slots=True)
+class Doing:
+    """What an agent is doing, for the live view."""
+
+    role: str = ""
+    kind: str = "waiting"
+    why: str = ""
+    since: float = 0.0
+
+
+class Laboratory:
+    """The shared workplace of one society. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        recall: Recall | None,
+        executor: Executor,
+        task: Task,
+        space: Space,
+        scope: Scope,
+        brain: Brain,
+        settings: Settings,
+        record: SocietyRecord,
+        floor: Floor,
+        charter: Charter,
+        began: float,
+    ) -> None:
+        """See `society.app`, which composes it; `began` is when it started (monotonic)."""
+        self.ledger, self.recall, self.executor = ledger, recall, executor
+        self.task, self.space, self.scope = task, space, scope
+        self.brain, self.settings, self.record = brain, settings, record
+        self.floor, self.charter = floor, charter
+        self.doing: dict[str, Doing] = {}
+        self.draining = False
+        self._tickets = 0
+        self._crews: Counter[tuple[str, str, str]] = Counter()
+        self._dry: dict[tuple[str, str, str], int] = {}
+        self._surveys: dict[str, tuple[tuple[object, ...], list[Duty]]] = {}
+        self._view: tuple[tuple[object, ...], View] | None = None
+        self._began = began
+        self._log = logs.get("laboratory")
+
+    # ---------------------------------------------------------------- budget
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds this society has worked, earlier sessions included."""
+        return self.record.wall_s + time.monotonic() - self._began
+
+    def budget(self) -> BudgetLeft:
+        """What may still be spent, runs under way counted as spent."""
+        mine = self.ledger.runs(society=self.record.id)
+        under_way = len(self.ledger.leases(self.scope))
+        limits, seconds = [10**9], None
+        if self.settings.runs is not None:
+            limits.append(self.settings.runs)
+        if self.settings.minutes is not None:
+            seconds = max(0.0, 60 * self.settings.minutes - self.wall_s)
+            limits.append(self._runs_within(seconds, mine) + len(mine))
+        total = min(limits)
+        left = max(0, total - len(mine) - under_way)
+        if self.draining or self._reached_goal():
+            left = 0
+        return BudgetLeft(len(mine), left, total, seconds)
+
+    def _runs_within(self, seconds: float, runs: Sequence[Run]) -> int:
+        """Runs that can be finished in `seconds`, by the mean duration so far."""
+        mean = sum(run.cost.wall_s for run in runs) / len(runs) if runs else FIRST_GUESS_S
+        return int(seconds * self.executor.slots / max(1e-3, mean))
+
+    def _reached_goal(self) -> bool:
+        goal = self.settings.until
+        if goal is None:
+            return False
+        champion = self.ledger.champion(self.scope)
+        if champion is None or champion.claim_id is None:
+            return False
+        if not self.ledger.claim(
+            champion.claim_id
+        ).verdict_is(Decision.CONFIRMED):
+            return False
+        scores = [s for s in self.ledger.pool(self.scope, champion.variant).values() if s]
+        mean = sum(scores) / len(scores)
+        return self.task.direction.improvement(goal, mean) >= 0
+
+    def save(self, state: SocietyState) -> None:
+        """Record where the society stands: wall time and slot utilisation over all sessions."""
+        before = self.record.wall_s * (self.record.busy or 0.0)
+        busy = (before + self.executor.busy_s / self.executor.slots) / max(1e-9, self.wall_s)
+        self.ledger.set_society_state(self.record.id, state, busy=busy, wall_s=self.wall_s)
+
+    def idle(self) -> Doing:
+        """What an agent that waits is doing."""
+        return Doing(since=time.monotonic())
+
+    # ---------------------------------------------------------------- survey
+
+    def view(self) -> View:
+        """The notebook as it is now; one object per state of the notebook."""
+        state = (self.ledger.version(), self.draining, self._budget_clock())
+        if self._view is None or self._view[0] != state:
+            view = View(
+                self.ledger,
+                scope=self.scope,
+                society=self.record.id,
+                task=self.task,
+                space=self.space,
+                charter=self.charter,
+                budget=self.budget(),
+                entropy=self.record.seed,
+            )
+            self._view = (state, view)
+        return self._view[1]
+
+    def _budget_clock(self) -> int:
+        """Whole seconds, if the budget runs out by the clock; constant otherwise."""
+        return int(self.wall_s) if self.settings.minutes is not None else 0
+
+    def open_duties(self, roles: Sequence[Role], agent: str) -> list[Duty]:
+        """What the agent may do now, most valuable first; ties in the order of the roles."""
+        view = self.view()
+        found = [duty for role in roles for duty in self._survey(role, view)]
+        taken = [duty for duty in found if self._may(duty, agent, view)]
+        return sorted(taken, key=lambda duty: -duty.value)
+
+    def _survey(self, role: Role, view: View) -> list[Duty]:
+        state = (id(view),)
+        cached = self._surveys.get(role.name)
+        if cached is None or cached[0] != state:
+            cached = (state, list(role.duties(view)))
+            self._surveys[role.name] = cached
+        return cached[1]
+
+    def _may(self, duty: Duty, agent: str, view: View) -> bool:
+        if self.draining or agent in duty.barred or self._crews[duty.key] >= duty.crew:
+            return False
+        if self._dry.get(duty.key) == view.budget.spent_runs:
+            return False
+        if not duty.needs_slot:
+            return True
+        return view.budget.runs > 0 and self._tickets < self.capacity
+
+    @property
+    def capacity(self) -> int:
+        """Runs that may be under way or queued: one beside each two slots waits its turn, so that
+        no slot idles while an agent thinks; none with a single slot, which makes a society
+        repeatable.
+        """
+        return self.executor.slots + self.executor.slots // 2
+
+    # ---------------------------------------------------------------- crews and tickets
+
+    def sign_up(self, duty: Duty) -> None:
+        """Count an agent into a duty's crew, and its run against the capacity."""
+        self._crews[duty.key] += 1
+        self._tickets += duty.needs_slot
+
+    def sign_off(self, duty: Duty, *, fruitful: bool) -> None:
+        """Undo `sign_up`; a fruitless duty is not offered again until another run has finished."""
+        self._crews[duty.key] -= 1
+        self._tickets -= duty.needs_slot
+        if not fruitful:
+            self._dry[duty.key] = self.view().budget.spent_runs
+
+    # ---------------------------------------------------------------- runs
+
+    async def execute(self, lease: Lease) -> Run:
+        """Run what is leased while others have the floor; record it whatever its outcome."""
+        work = Work(lease.run_id, lease.variant, lease.seed, lease.split, self.task.budget)
+        self.floor.leave()
+        job = asyncio.ensure_future(self.executor.run(work))
+        try:
+            while not (await asyncio.wait({job}, timeout=LEASE_S / 3))[0]:
+                lease = self.ledger.heartbeat(lease, LEASE_S)
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        finally:
+            await self.floor.come_back()
+        run = self.ledger.finish(lease, job.result(), self.executor.environment, self.task.budget)
+        self._log.info(
+            "run finished", run=run.id, agent=run.agent, kind=run.kind.value,
+            outcome=run.outcome.value, score=run.score, variant=run.variant.describe(),
+            wall_s=round(run.cost.wall_s, 2),
+        )  # fmt: skip
+        return run
+
+    # ---------------------------------------------------------------- recall
+
+    def remember(self) -> None:
+        """Bring recall up to date; the society goes on without it if it is down."""
+        self._with_recall(lambda recall: recall.sync(self.ledger), 0)
+
+    def search(self, text: str, k: int) -> Sequence[Hit]:
+        """Nearest prose in the notebook; empty while recall is down."""
+        return self._with_recall(lambda recall: recall.search(text, k=k), ())
+
+    def _with_recall(self, use: Callable[[Recall], T], otherwise: T) -> T:
+        if self.recall is None:
+            return otherwise
+        try:
+            return use(self.recall)
+        except RecallUnavailable as error:
+            self._log.warning("recall is off for the rest of this session", reason=str(error))
+            self.recall = None
+            return otherwise
+
+
+class Bench:
+    """One agent's place in the laboratory; implements `society.roles.Lab`."""
+
+    def __init__(self, laboratory: Laboratory, agent: str) -> None:
+        self._lab = laboratory
+        self.agent = agent
+        self.brain = laboratory.brain
+        self.runs_made = 0
+
+    @property
+    def view(self) -> View:
+        """The notebook as it is now."""
+        return self._lab.view()
+
+    async def screen(self, variant: Variant, idea: str) -> Run:
+        """See `Lab.screen`."""
+        ledger, who = self._lab.ledger, self._who()
+        return await self._run(ledger.lease_screening(variant=variant, idea=idea, **who))
+
+    async def measure(self, variant: Variant, kind: RunKind, claim_id: str | None = None) -> Run:
+        """See `Lab.measure`."""
+        ledger, who = self._lab.ledger, self._who()
+        lease = ledger.lease_next_seed(variant=variant, kind=kind, claim_id=claim_id, **who)
+        return await self._run(lease)
+
+    async def reproduce(self, claim_id: str) -> Run:
+        """See `Lab.reproduce`."""
+        lease = self._lab.ledger.lease_reproduction(claim_id=claim_id, **self._who())
+        return await self._run(lease)
+
+    def knowledge(self) -> Knowledge:
+        """See `Lab.knowledge`."""
+        return self.view.knowledge()
+
+    def recall(self, text: str, k: int = 5) -> Sequence[Hit]:
+        """See `Lab.recall`."""
+        return self._lab.search(text, k)
+
+    def open_hypotheses(self) -> Sequence[Hypothesis]:
+        """See `Lab.open_hypotheses`."""
+        known = self._lab.ledger.hypotheses(self._lab.scope)
+        waiting = [one for one in known if one.state is HypothesisState.OPEN]
+        return sorted(waiting, key=lambda one: -one.priority)
+
+    async def _run(self, lease: Lease) -> Run:
+        self.runs_made += 1
+        return await self._lab.execute(lease)
+
+    def _who(self) -> Mapping[str, object]:
+        return {
+            "scope": self._lab.scope,
+            "society": self._lab.record.id,
+            "holder": self.agent,
+            "ttl_s": LEASE_S,
+        }

@@ -1,0 +1,207 @@
+"""The `search` brain: model-based optimisation over the typed search space; no key, no network.
+
+A tree-structured Parzen estimator (Bergstra et al. 2011; multivariate form of Falkner et al. 2018,
+as implemented by Optuna) is told every screening result in the notebook and every variant being
+screened now. It is rebuilt for each proposal, so the brain itself keeps no state: whatever agent
+asks, the answer depends on the notebook and the entropy alone.
+
+Two habits are added, because a society's budget is a few hundred runs over some thirty knobs:
+the first proposals change a few knobs of the baseline instead of all of them, and every third
+one changes one or two knobs of the best variant so far.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+from society.errors import InvalidVariant
+from society.records import Variant
+from society.roles.base import Knowledge, Proposal
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+    from society.experiments.space import Space
+    from society.knobs import Knob, Scalar
+
+STARTUP = 10
+"""Proposals made before the model is asked."""
+LOCAL_EVERY = 3
+"""One proposal in so many is a small change of the best variant so far."""
+ATTEMPTS = 50
+"""Samples drawn before giving up on a valid and unknown variant."""
+
+
+class SearchBrain:
+    """See the module. Implements `society.roles.Brain`."""
+
+    name = "search"
+
+    async def propose(self, knowledge: Knowledge) -> Proposal:
+        """The next variant to screen; new and valid unless the space is exhausted."""
+        rng = random.Random(knowledge.entropy)
+        count = len(knowledge.results) + len(knowledge.pending)
+        known = {result.variant.fingerprint for result in knowledge.results}
+        known |= {variant.fingerprint for variant in knowledge.pending}
+        proposal = self._propose(knowledge, count, rng)
+        for _ in range(ATTEMPTS):
+            if proposal is not None and proposal.variant.fingerprint not in known:
+                return proposal
+            proposal = _mutate(knowledge, best_of(knowledge), rng, changes=2)
+        return proposal or Proposal(knowledge.champion, "Nothing new was found.")
+
+    def _propose(self, knowledge: Knowledge, count: int, rng: random.Random) -> Proposal | None:
+        if count < STARTUP:
+            return _mutate(knowledge, Variant(knowledge.task), rng, changes=rng.randint(2, 5))
+        if count % LOCAL_EVERY == 0:
+            return _mutate(knowledge, best_of(knowledge), rng, changes=rng.randint(1, 2))
+        return _model_based(knowledge, rng.getrandbits(31))
+
+
+def best_of(knowledge: Knowledge) -> Variant:
+    """The variant with the best screening score, verified or not."""
+    scored = [result for result in knowledge.results if result.score is not None]
+    if not scored:
+        return knowledge.champion
+    sign = knowledge.direction.sign
+    return max(scored, key=lambda result: sign * (result.score or 0.0)).variant
+
+
+def _mutate(
+    knowledge: Knowledge, parent: Variant, rng: random.Random, changes: int
+) -> Proposal | None:
+    """Redraw a few knobs; half of the numeric ones move near their present value."""
+    space = knowledge.space
+    names = rng.sample(sorted(space.knobs), min(changes, len(space.knobs)))
+    drawn = {name: _draw(space, name, parent, rng) for name in names}
+    variant = _build(space, knowledge.task, {**parent.overrides, **drawn})
+    if variant is None:
+        return None
+    told = ", ".join(f"{name}={value}" for name, value in sorted(drawn.items()))
+    return Proposal(variant, f"Change {told} of {parent.describe()}.")
+
+
+def _draw(space: Space, name: str, parent: Variant, rng: random.Random) -> Scalar:
+    knob = space.knobs[name]
+    present = parent.overrides.get(name, space.default(name))
+    options = choices_of(knob, present)
+    if options:
+        return rng.choice([option for option in options if option != present] or options)
+    low, high = float(knob.low or 0.0), float(knob.high or 0.0)
+    unit = rng.random()
+    if rng.random() < 0.5:
+        unit = min(1.0, max(0.0, rng.gauss(space.unit(name, present), 0.15)))
+    value = low * (high / low) ** unit if knob.log else low + (high - low) * unit
+    return round(value) if isinstance(present, int) else value
+
+
+def choices_of(knob: Knob, example: Scalar) -> tuple[Scalar, ...]:
+    """The closed set of values of a knob; empty for a range."""
+    if isinstance(example, bool):
+        return (False, True)
+    return knob.choices
+
+
+def _build(space: Space, task: str, overrides: dict[str, Scalar]) -> Variant | None:
+    """The variant, without the knob that makes it impossible; None if there is no repair."""
+    for _ in range(4):
+        try:
+            return space.variant(task, overrides)
+        except InvalidVariant as error:
+            if error.knob not in overrides:
+                return None
+            overrides = {name: v for name, v in overrides.items() if name != error.knob}
+    return None
+
+
+def _model_based(knowledge: Knowledge, seed: int) -> Proposal | None:
+    """Ask Optuna's TPE, told all results and the variants under way."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = knowledge.space
+    axes = {name: _axis(space, name) for name in space.knobs}
+    sampler = optuna.samplers.TPESampler(
+        multivariate=True, constant_liar=True, n_startup_trials=0, seed=seed
+    )
+    direction = "minimize" if knowledge.direction.sign < 0 else "maximize"
+    study = optuna.create_study(direction=direction, sampler=sampler)
+    study.add_trials(_trials(knowledge, axes))
+    asked = study.ask(axes).params
+    overrides = {name: _value(space, name, position) for name, position in asked.items()}
+    variant = _build(space, knowledge.task, overrides)
+    return variant and Proposal(variant, f"Model-based, on {len(knowledge.results)} results.")
+
+
+def _trials(knowledge: Knowledge, axes: dict[str, BaseDistribution]) -> list[Any]:
+    """Finished screenings with their score, those under way as running."""
+    from optuna.trial import TrialState, create_trial
+
+    failed = _failure_score(knowledge)
+    finished = [
+        create_trial(
+            params=_positions(knowledge.space, result.variant),
+            distributions=axes,
+            value=failed if result.score is None else result.score,
+        )
+        for result in knowledge.results
+    ]
+    running = [
+        create_trial(
+            params=_positions(knowledge.space, variant),
+            distributions=axes,
+            state=TrialState.RUNNING,
+        )
+        for variant in knowledge.pending
+    ]
+    return finished + running
+
+
+def _failure_score(knowledge: Knowledge) -> float:
+    """What a failed run counts as: the worst score seen, and a little worse."""
+    scores = [result.score for result in knowledge.results if result.score is not None]
+    if not scores:
+        return math.nan
+    sign = knowledge.direction.sign
+    worst = min(scores, key=lambda score: sign * score)
+    return worst - sign * (max(scores) - min(scores)) * 0.1
+
+
+def _axis(space: Space, name: str) -> BaseDistribution:
+    """Optuna's view of a knob: ordered choices by index, words as categories."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    knob, default = space.knobs[name], space.default(name)
+    options = choices_of(knob, default)
+    if options and not isinstance(options[0], int | float):
+        return CategoricalDistribution(options)
+    if options:
+        return IntDistribution(0, len(options) - 1)
+    if isinstance(default, int):
+        return IntDistribution(round(knob.low or 0), round(knob.high or 0), log=knob.log)
+    return FloatDistribution(float(knob.low or 0), float(knob.high or 0), log=knob.log)
+
+
+def _positions(space: Space, variant: Variant) -> dict[str, Any]:
+    """A variant's values on Optuna's axes."""
+    found: dict[str, Any] = {}
+    for name, knob in space.knobs.items():
+        value = variant.overrides.get(name, space.default(name))
+        options = choices_of(knob, space.default(name))
+        ordered = options and isinstance(options[0], int | float)
+        found[name] = options.index(value) if ordered else value
+    return found
+
+
+def _value(space: Space, name: str, position: Any) -> Scalar:
+    """The knob's value at a position on Optuna's axis."""
+    options = choices_of(space.knobs[name], space.default(name))
+    ordered = options and isinstance(options[0], int | float)
+    value: Scalar = options[position] if ordered else position
+    return value

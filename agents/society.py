@@ -1,0 +1,109 @@
+"""All agents of a society, living side by side on one event loop until nothing is left to do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import aiosqlite
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+from society.agents import graph
+from society.agents.graph import Agent
+from society.errors import UsageError
+from society.roles import load_role
+from society.settings import DEFAULT_ROLES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from langchain_core.runnables import RunnableConfig
+
+    from society.agents.laboratory import Laboratory
+    from society.roles import Role
+    from society.settings import Settings
+
+ESSENTIAL_ROLES = ("experimenter", "verifier", "statistician")
+"""Roles that fixed casts must include: a proposer, somebody else, and a judge."""
+
+
+def cast_roles(settings: Settings) -> list[tuple[Role, ...]]:
+    """The roles each agent may play: all of them, or one each with fixed `roles`.
+
+    Raises:
+        UnknownName: A role that is not installed.
+        UsageError: Fixed roles without one that nothing can be accepted without.
+    """
+    names = dict.fromkeys((*DEFAULT_ROLES, *settings.extra_roles))
+    if not settings.roles:
+        everyone = tuple(load_role(name) for name in names)
+        return [everyone] * settings.agents
+    loaded = {name: load_role(name) for name in settings.roles}
+    playing = {role.name for role in loaded.values()}
+    missing = [name for name in ESSENTIAL_ROLES if name not in playing]
+    if missing:
+        raise UsageError(f"--roles has no {missing[0]}: nothing could be accepted without one.")
+    return [(loaded[name],) for name, count in settings.roles.items() for _ in range(count)]
+
+
+def agent_names(count: int) -> list[str]:
+    """`a01`, `a02`, ..."""
+    return [f"a{number:02d}" for number in range(1, count + 1)]
+
+
+async def live(laboratory: Laboratory, casts: list[tuple[Role, ...]], checkpoints: Path) -> None:
+    """Let every agent live until the society is quiet.
+
+    Returns when no agent has anything left to do: the budget is spent or a drain was asked for,
+    and all runs under way have been recorded.
+
+    Raises:
+        ExecutorError: Experiments cannot be run any more.
+        SocietyError: A role keeps failing.
+    """
+    agents = [
+        Agent(name, roles, laboratory)
+        for name, roles in zip(agent_names(len(casts)), casts, strict=True)
+    ]
+    async with aiosqlite.connect(checkpoints) as connection:
+        saver = AsyncSqliteSaver(connection)
+        await saver.setup()
+        await connection.execute("PRAGMA synchronous=NORMAL")
+        compiled = graph.build(saver)
+        quiet = asyncio.create_task(laboratory.floor.quiet.wait())
+        lives = [asyncio.create_task(_cycle(agent, compiled)) for agent in agents]
+        try:
+            await asyncio.wait({quiet, *lives}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (quiet, *lives):
+                task.cancel()
+            ended = await asyncio.gather(*lives, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
+                raise error
+        if not laboratory.draining:
+            for agent in agents:
+                await saver.adelete_thread(_thread(agent))
+
+
+async def _cycle(agent: Agent, compiled: Any) -> None:
+    """Finish what an earlier session left between two nodes, then live duty by duty."""
+    config: RunnableConfig = {"configurable": {"thread_id": _thread(agent)}}
+    floor = agent.laboratory.floor
+    await floor.enter(lambda: True)
+    try:
+        state = await compiled.aget_state(config)
+        if state.next:
+            await compiled.ainvoke(None, config, context=agent, durability="sync")
+    finally:
+        floor.leave()
+    while True:
+        await floor.enter(lambda: bool(agent.duties()))
+        try:
+            await compiled.ainvoke({"offers": []}, config, context=agent, durability="sync")
+        finally:
+            floor.leave()
+
+
+def _thread(agent: Agent) -> str:
+    return f"{agent.laboratory.record.id}/{agent.name}"
