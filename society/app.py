@@ -1,0 +1,270 @@
+"""Composition root: puts a society together, lets it live, and leaves a report behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from society import logs
+from society.agents.brains import load_brain
+from society.agents.floor import Floor
+from society.agents.laboratory import Laboratory
+from society.agents.society import agent_names, cast_roles, live
+from society.errors import RecallUnavailable, UsageError
+from society.experiments.local import LocalExecutor
+from society.experiments.space import Space
+from society.experiments.task import known_profiles, load_task
+from society.memory.folder import NotebookFolder
+from society.memory.ledger import Ledger
+from society.memory.recall import Recall
+from society.records import Crown, Scope, SocietyRecord, SocietyState, Variant
+from society.report import build_report, write_report
+from society.roles import Charter
+from society.settings import validate
+
+if TYPE_CHECKING:
+    from society.experiments.executor import Executor
+    from society.experiments.task import Task
+    from society.report import Report
+    from society.settings import Settings
+
+PULSE_S = 1.0
+"""Seconds between looks of the live view."""
+SAVE_S = 5.0
+"""Seconds between records of wall time and utilisation."""
+
+
+class Display(Protocol):
+    """What shows a society while it runs."""
+
+    def start(self, laboratory: Laboratory) -> None:
+        """The society is about to work."""
+
+    def show(self, laboratory: Laboratory) -> None:
+        """Called about once a second, from the event loop."""
+
+    def stop(self) -> None:
+        """The society has ended, in whatever way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a society ended."""
+
+    record: SocietyRecord
+    report: Report
+    markdown: Path
+    html: Path
+
+
+def resume_settings(folder: NotebookFolder, given: Settings) -> Settings:
+    """The interrupted society's settings, with the budgets that are `given` now.
+
+    Raises:
+        UsageError: No society in this notebook was interrupted.
+    """
+    with Ledger.open(folder.require().ledger) as ledger:
+        stopped = _unfinished(ledger)
+    if stopped is None:
+        raise UsageError(
+            f"Nothing to resume in {folder.path}: its last society has finished. "
+            "Run without --resume to start another one on the same notebook."
+        )
+    new = {name: getattr(given, name) for name in ("runs", "minutes", "until")}
+    new = {name: value for name, value in new.items() if value is not None}
+    return validate({**stopped.settings, **new}, source=f"society {stopped.id}")
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with the task's default profile filled in (`cpu` for pretrain)."""
+    if settings.profile is not None:
+        return settings
+    profiles = known_profiles(settings.task)
+    if not profiles:
+        raise UsageError(f"Task {settings.task!r} has no shipped profile: name one by --profile.")
+    return settings.model_copy(update={"profile": profiles[0]})
+
+
+def run_society(
+    folder: NotebookFolder, settings: Settings, *, resume: bool, display: Display, console: bool
+) -> Ended:
+    """Start (or resume) a society in `folder`, wait for its end, write the report.
+
+    The first SIGINT or SIGTERM drains: runs in progress are finished and recorded. The second one
+    stops at once; what was in progress is given up and can be run again after a resume.
+
+    Raises:
+        SocietyError: Anything a user can act on; nothing that was recorded is lost.
+    """
+    settings = resolved(settings)
+    task = load_task(settings.task, str(settings.profile))
+    casts = cast_roles(settings)
+    load_brain(settings.brain)
+    executor = LocalExecutor(
+        settings.task, str(settings.profile), settings.slots, settings.device
+    )
+    with folder.lock(), Ledger.open(folder.ledger, settings.seed) as ledger:
+        record = _open_society(ledger, settings, resume=resume)
+        logs.configure(folder.logs / "society.jsonl", society=record.id, console=console)
+        try:
+            work = _work(folder, ledger, record, settings, task, executor, casts, display)
+            scope = asyncio.run(work)
+            report = build_report(ledger, scope, task, Space.of(task))
+            markdown, html = write_report(report, folder.report)
+            return Ended(ledger.society(record.id), report, markdown, html)
+        finally:
+            logs.close()
+
+
+async def _work(
+    folder: NotebookFolder,
+    ledger: Ledger,
+    record: SocietyRecord,
+    settings: Settings,
+    task: Task,
+    executor: Executor,
+    casts: list[tuple[object, ...]],
+    display: Display,
+) -> Scope:
+    log, began = logs.get("app"), time.monotonic()
+    async with _started(executor):
+        scope = Scope(task.key, executor.environment.tier)
+        _crown_baseline(ledger, scope, record, task)
+        with _open_recall(folder, log) as recall:
+            laboratory = Laboratory(
+                ledger=ledger,
+                recall=recall,
+                executor=executor,
+                task=task,
+                space=Space.of(task),
+                scope=scope,
+                brain=load_brain(settings.brain),
+                settings=settings,
+                record=record,
+                floor=Floor(len(casts)),
+                charter=Charter(patience=settings.patience),
+                began=began,
+            )
+            laboratory.remember()
+            log.info("society works", agents=len(casts), slots=executor.slots, tier=scope.tier)
+            await _live(laboratory, casts, folder.checkpoints, display)
+    return scope
+
+
+async def _live(
+    laboratory: Laboratory, casts: list[tuple[object, ...]], checkpoints: Path, display: Display
+) -> None:
+    """Run the agents with signals handled, the display fed and progress saved."""
+    for name in agent_names(len(casts)):
+        laboratory.doing.setdefault(name, laboratory.idle())
+    state = SocietyState.STOPPED
+    display.start(laboratory)
+    pulse = asyncio.create_task(_pulse(laboratory, display))
+    try:
+        with _signals(laboratory, asyncio.current_task()):
+            await live(laboratory, casts, checkpoints)  # type: ignore[arg-type]
+        state = SocietyState.STOPPED if laboratory.draining else SocietyState.FINISHED
+    except asyncio.CancelledError:
+        laboratory.executor.kill()
+        if not laboratory.draining:
+            raise
+    finally:
+        pulse.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await pulse
+        display.stop()
+        laboratory.save(state)
+
+
+async def _pulse(laboratory: Laboratory, display: Display) -> None:
+    saved = 0.0
+    while True:
+        display.show(laboratory)
+        if laboratory.wall_s - saved >= SAVE_S:
+            laboratory.save(SocietyState.RUNNING)
+            saved = laboratory.wall_s
+        await asyncio.sleep(PULSE_S)
+
+
+@contextlib.contextmanager
+def _signals(laboratory: Laboratory, main: asyncio.Task[None] | None) -> Iterator[None]:
+    """First signal: drain. Second: stop at once."""
+    loop = asyncio.get_running_loop()
+
+    def caught() -> None:
+        if laboratory.draining:
+            if main is not None:
+                main.cancel()
+            return
+        logs.get("app").warning("stopping: runs in progress are finished; again to stop at once")
+        laboratory.draining = True
+        laboratory.floor.poke()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, caught)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _unfinished(ledger: Ledger) -> SocietyRecord | None:
+    """The last society, if it was interrupted."""
+    records = ledger.societies()
+    if records and records[-1].state is not SocietyState.FINISHED:
+        return records[-1]
+    return None
+
+
+def _open_society(ledger: Ledger, settings: Settings, *, resume: bool) -> SocietyRecord:
+    """The record to work under. The caller owns the notebook, so every old lease is dead."""
+    for record in ledger.societies():
+        if record.state is SocietyState.RUNNING:
+            ledger.set_society_state(record.id, SocietyState.STOPPED)
+        ledger.release_all(record.id)
+    unfinished = _unfinished(ledger)
+    if resume and unfinished is not None:
+        ledger.set_society_state(unfinished.id, SocietyState.RUNNING)
+        return ledger.society(unfinished.id)
+    seed = settings.seed if settings.seed is not None else secrets.randbits(31)
+    return ledger.start_society(seed, settings.model_dump(mode="json"))
+
+
+def _crown_baseline(ledger: Ledger, scope: Scope, record: SocietyRecord, task: Task) -> None:
+    """The baseline is the first champion of every task and tier."""
+    crown = Crown(Variant(task.key), None, None)
+    key = f"baseline/{scope.task}/{scope.tier}"
+    ledger.commit(scope, record.id, "society", [crown], key=key, activity=None)
+
+
+@contextlib.asynccontextmanager
+async def _started(executor: Executor) -> AsyncIterator[None]:
+    try:
+        await executor.start()
+        yield
+        await executor.close()
+    finally:
+        executor.kill()
+
+
+@contextlib.contextmanager
+def _open_recall(folder: NotebookFolder, log: logs.FilteringBoundLogger) -> Iterator[Recall | None]:
+    """Recall, or None with a warning: the society goes on without it."""
+    try:
+        recall = Recall.open(folder)
+    except RecallUnavailable as error:
+        log.warning("recall is off", reason=str(error))
+        yield None
+        return
+    try:
+        yield recall
+    finally:
+        recall.close()
