@@ -1,0 +1,48 @@
+"""Experiments: what a run is, which ones there can be, and who executes them.
+
+    task        the seam: what is being improved, and how one run of it is made
+    space       typed knobs, canonical variants, distances
+    executor    the contract of executors, and one that runs in this process
+    local       warm worker processes on this machine
+    worker      what those processes do
+    synthetic   a task for tests and documentation, milliseconds per run
+    pretrain    the reference workload: GPT pre-training, bits per byte
+
+`LocalExecutor` is in `society.experiments.local`; neither it nor this package imports torch.
+"""
+
+from society.experiments.executor import Executor, InlineExecutor
+from society.experiments.space import Space, variant
+from society.experiments.task import (
+    Direction,
+    Diverged,
+    Limits,
+    Profile,
+    Refused,
+    Role,
+    Task,
+    TrainReport,
+    cache_dir,
+    known_profiles,
+    known_tasks,
+    load_task,
+)
+
+__all__ = [
+    "Direction",
+    "Diverged",
+    "Executor",
+    "InlineExecutor",
+    "Limits",
+    "Profile",
+    "Refused",
+    "Role",
+    "Space",
+    "Task",
+    "TrainReport",
+    "cache_dir",
+    "known_profiles",
+    "known_tasks",
+    "load_task",
+    "variant",
+]

@@ -1,0 +1,295 @@
+"""The seam between the society and what it improves: a task says how one run is made.
+
+A task is loaded by name (`pretrain`, an entry point of the group `society.tasks`) or as
+`module:Class`, together with a profile: a YAML file that fixes the budget, the limits and the
+baseline. Everything that a run may depend on is in the recipe, the seed, the budget and the data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module, resources
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from society.errors import UnknownName, UsageError
+from society.knobs import Scalar
+from society.records import Budget, Split
+
+GROUP = "society.tasks"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Direction(StrEnum):
+    """Which way of the metric is better."""
+
+    MINIMISE = "minimise"
+    MAXIMISE = "maximise"
+
+    @property
+    def sign(self) -> int:
+        """-1 if lower scores are better, +1 if higher ones are."""
+        return -1 if self is Direction.MINIMISE else 1
+
+    def improvement(self, reference: float, candidate: float) -> float:
+        """How much better `candidate` is, in the metric's unit; negative when it is worse."""
+        gain = reference - candidate
+        return gain if self is Direction.MINIMISE else -gain
+
+
+class Role(StrEnum):
+    """What a worker process is for; it holds the data of its role only."""
+
+    TRAINER = "trainer"
+    SCORER = "scorer"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one run may use before it is stopped; training and scoring each."""
+
+    timeout_s: float
+    """Wall-clock seconds, then the run is killed and recorded as `timed_out`."""
+    mem_bytes: int
+    """Memory above that of the idle worker; enforced on the CPU only."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a training says about itself. It holds no score: that is measured elsewhere."""
+
+    flops: float = 0.0
+    """FLOPs charged against the budget."""
+    tokens: int = 0
+    """Tokens seen."""
+    steps: int = 0
+    """Optimiser steps taken."""
+    curve: tuple[float, ...] = ()
+    """Training loss over time; thinned before it is recorded."""
+
+
+class Diverged(Exception):
+    """The training left the finite numbers: an outcome, not an error. Raised by `Task.train`.
+
+    Carries the `report` of what was spent until then.
+    """
+
+    def __init__(self, message: str, report: TrainReport | None = None) -> None:
+        """Say where it happened, and what was spent by then."""
+        self.report = report or TrainReport()
+        super().__init__(message)
+
+
+class Refused(Exception):
+    """The task's own guard refuses the run (`Outcome.REJECTED`). Raised by `train` or `score`."""
+
+
+class Task(Protocol):
+    """What is being improved, and how one run of it is made.
+
+    A task is built as `Class(profile)` with the name of a profile or the path of a YAML file. The
+    instance is cheap, imports nothing heavy and touches no file but its profile: the command, every
+    agent and every worker each build their own, so nothing may be kept in it but caches.
+
+    Where each method runs (see `society.experiments.local`; `InlineExecutor` runs all of them in
+    one process):
+
+    - `warm_up` once in the parent of all workers, before anything is forked: imports only. It must
+      start no thread and touch no accelerator, or the forked processes would not be usable.
+    - `prepare` once per start, in a short-lived process; it writes what the later ones read from
+      the cache folder, and may use threads. Its time is charged to nobody.
+    - `preload` once in each long-lived worker, before it forks a process per run. A trainer loads
+      the training split and nothing else, a scorer the evaluation splits and nothing else.
+    - `train` in a process of its own per run, with a memory limit and a time-out. It sees the
+      training split only and leaves the model in `scratch`, an empty folder of this run.
+    - `score` in another process, from the files in `scratch` alone. What the training process said
+      about itself never reaches the score.
+
+    The same recipe, seed, budget and data give the same score to the last bit in every process of
+    one `Environment`, unless the budget counts seconds. `train` raises `Diverged` when the loss is
+    not finite; either may raise `Refused`; any other exception is recorded as a crash.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the task, e.g. `pretrain`."""
+
+    @property
+    def profile(self) -> str:
+        """Name of the profile, e.g. `cpu`."""
+
+    @property
+    def key(self) -> str:
+        """Name and profile, e.g. `pretrain/cpu`: what variants and records are filed under."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the score, e.g. `val_bpb`."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of the score, e.g. `BPB`."""
+
+    @property
+    def direction(self) -> Direction:
+        """Which way of the score is better."""
+
+    @property
+    def recipe(self) -> type[BaseModel]:
+        """The frozen pydantic model whose fields carry a `Knob`: the search space."""
+
+    @property
+    def baseline(self) -> BaseModel:
+        """The recipe's defaults with the profile's own changes."""
+
+    @property
+    def budget(self) -> Budget:
+        """What every run of this profile may spend."""
+
+    @property
+    def limits(self) -> Limits:
+        """When a run is stopped."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Distributions whose versions decide the bits, e.g. `("torch",)`."""
+
+    def warm_up(self) -> None:
+        """Import what the runs need and fix the number of threads to one."""
+
+    def prepare(self) -> str:
+        """Put the data in place and return the sha256 that identifies it, 64 hex digits."""
+
+    def preload(self, role: Role) -> None:
+        """Load the data of this role into memory, so that forked runs find it there."""
+
+    def train(
+        self, recipe: Any, seed: int, budget: Budget, scratch: Path, device: str
+    ) -> TrainReport:
+        """Train `recipe` (an instance of `self.recipe`) and save the model in `scratch`."""
+
+    def score(self, scratch: Path, recipe: Any, split: Split, device: str) -> float:
+        """The metric of the model saved in `scratch` on one evaluation split."""
+
+
+class Profile(BaseModel):
+    """One YAML file of `configs/`: a task at one size. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    """Name of the task it belongs to."""
+    name: str
+    """Name of the profile; the shipped file is called `<task>-<name>.yaml`."""
+    about: str = ""
+    """One sentence for the user."""
+    budget: Budget
+    limits: Limits
+    recipe: dict[str, Scalar] = {}
+    """Changes to the recipe's defaults: with them they make the baseline."""
+    options: dict[str, Scalar] = {}
+    """Settings that only this task knows; it checks them itself."""
+
+
+def parse(model: type[Model], values: Mapping[str, object], where: str) -> Model:
+    """Build `model` from `values`; raises `UsageError` that names the place and each problem."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'values'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise UsageError(f"{where}: {problems}") from error
+
+
+def read_profile(text: str, where: str) -> Profile:
+    """Parse a profile; raises `UsageError` with the file's name for anything unexpected in it."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: expected keys and values, found {type(values).__name__}.")
+    return parse(Profile, values, where)
+
+
+def known_profiles(task: str) -> tuple[str, ...]:
+    """Names of the shipped profiles of a task."""
+    names = (entry.name for entry in resources.files("society.configs").iterdir())
+    prefix = f"{task}-"
+    return tuple(
+        sorted(
+            name.removeprefix(prefix).removesuffix(".yaml")
+            for name in names
+            if name.startswith(prefix) and name.endswith(".yaml")
+        )
+    )
+
+
+def load_profile(task: str, profile: str) -> Profile:
+    """A shipped profile by name, or any file that ends in `.yaml` by path.
+
+    Raises:
+        UnknownName: no shipped profile has this name.
+        UsageError: the file cannot be read, is wrong, or belongs to another task.
+    """
+    if profile.endswith(".yaml"):
+        try:
+            found = read_profile(Path(profile).read_text("utf-8"), profile)
+        except OSError as error:
+            raise UsageError(f"{profile}: {error.strerror}") from error
+    elif profile not in known_profiles(task):
+        raise UnknownName(f"profile of task {task!r}", profile, known_profiles(task))
+    else:
+        file = resources.files("society.configs") / f"{task}-{profile}.yaml"
+        found = read_profile(file.read_text("utf-8"), file.name)
+    if found.task != task:
+        raise UsageError(f"{profile}: a profile of task {found.task!r}, not of {task!r}.")
+    return found
+
+
+def known_tasks() -> tuple[str, ...]:
+    """Names of the installed tasks, sorted."""
+    return tuple(sorted({entry.name for entry in entry_points(group=GROUP)}))
+
+
+def load_task(name: str, profile: str) -> Task:
+    """Build a task from an installed name or from `module:Class`.
+
+    Raises:
+        UnknownName: no such task, or no such profile; lists the known ones.
+        UsageError: the profile's file is wrong.
+    """
+    return _factory(name)(profile)
+
+
+def _factory(name: str) -> Callable[[str], Task]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        found = entry_points(group=GROUP, name=name)
+        if not found:
+            raise UnknownName("task", name, [*known_tasks(), "module:Class"])
+        module, _, attribute = next(iter(found)).value.partition(":")
+    try:
+        return cast(Callable[[str], Task], getattr(import_module(module), attribute))
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not installed
+        raise UnknownName("task", name, known_tasks()) from error
+    except AttributeError as error:
+        raise UnknownName("task", name, known_tasks()) from error
+
+
+def cache_dir() -> Path:
+    """Where prepared data is kept: `$SOCIETY_CACHE`, else `~/.cache/society`. Not created here."""
+    chosen = os.environ.get("SOCIETY_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "society"
