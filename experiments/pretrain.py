@@ -68,7 +68,11 @@ class Pretrain:
         return tuple(sorted(choices | {self.baseline.vocab}))
 
     def warm_up(self) -> None:
-        """Import torch and the trainer; one thread from here on."""
+        """Import torch and the whole trainer; one thread from here on.
+
+        Runs must find every module loaded: the code of a society does not change while it works.
+        """
+        from society.model import evaluate, train, weights  # noqa: F401
         from society.model.threads import single_thread
 
         single_thread()

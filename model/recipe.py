@@ -1,0 +1,532 @@
+"""`Recipe`: every knob of the trainer, with its default, its search range and its origin.
+
+The defaults are a CPU profile that is deliberately not the optimum: about five seconds on one core
+and 1.80 bits per byte. A `Knob` states what the search may propose; the validators here refuse
+only what cannot be trained at all, so that a recipe for a large GPU is as valid as this one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from society.knobs import Knob
+
+NANOCHAT = "github.com/karpathy/nanochat"
+MODDED_NANOGPT = "github.com/KellerJordan/modded-nanogpt"
+MUON = "Jordan et al. 2024, Muon"
+POLAR_EXPRESS = "Amsel et al. 2025, arXiv:2505.16932"
+CAUTIOUS_DECAY = "Chen et al. 2025, arXiv:2510.12402"
+NORMUON = "Li et al. 2025, NorMuon, arXiv:2510.05491"
+
+Positive = Field(gt=0, allow_inf_nan=False)
+NonNegative = Field(ge=0, allow_inf_nan=False)
+Fraction = Field(ge=0, le=1, allow_inf_nan=False)
+Beta = Field(ge=0, lt=1, allow_inf_nan=False)
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """What one training run does; every field may be varied."""
+
+    # ---------------------------------------------------------------- shape
+    depth: Annotated[
+        int,
+        Field(ge=1),
+        Knob(
+            low=1,
+            high=8,
+            unit="layers",
+            group="shape",
+            about="More layers make a stronger model and fewer steps for the same FLOPs.",
+            source=NANOCHAT,
+        ),
+    ] = 4
+    dim: Annotated[
+        int,
+        Field(ge=2),
+        Knob(
+            choices=(32, 48, 64, 80, 96, 128),
+            log=True,
+            unit="channels",
+            group="shape",
+            about="Width of the residual stream; work per token grows with its square.",
+            source=NANOCHAT,
+        ),
+    ] = 64
+    heads: Annotated[
+        int,
+        Field(ge=1),
+        Knob(
+            choices=(1, 2, 4, 8),
+            log=True,
+            unit="heads",
+            group="shape",
+            about="Attention heads a layer; each gets dim / heads channels.",
+            source="Vaswani et al. 2017, arXiv:1706.03762",
+        ),
+    ] = 2
+    mlp_ratio: Annotated[
+        int,
+        Field(ge=1),
+        Knob(
+            low=1,
+            high=8,
+            unit="multiple of dim",
+            group="shape",
+            about="Hidden width of the feed-forward part.",
+            source="Vaswani et al. 2017, arXiv:1706.03762",
+        ),
+    ] = 4
+    activation: Annotated[
+        Literal["relu2", "gelu"],
+        Knob(
+            choices=("relu2", "gelu"),
+            group="shape",
+            about="Non-linearity of the feed-forward part.",
+            source="So et al. 2021, Primer, arXiv:2109.08668",
+        ),
+    ] = "relu2"
+    vocab: Annotated[
+        int,
+        Field(ge=257, le=65536),
+        Knob(
+            choices=(512, 1024, 2048, 4096),
+            log=True,
+            unit="tokens",
+            group="shape",
+            about="Size of the byte-pair vocabulary: fewer, longer tokens and larger tables.",
+            source="Sennrich et al. 2016, arXiv:1508.07909",
+        ),
+    ] = 1024
+    tie_embeddings: Annotated[
+        bool,
+        Knob(
+            group="shape",
+            about="Read and write tokens through one table, which then learns at head_lr.",
+            source="Press and Wolf 2017, arXiv:1608.05859",
+        ),
+    ] = False
+
+    # ------------------------------------------------------------ attention
+    seq_len: Annotated[
+        int,
+        Field(ge=2),
+        Knob(
+            choices=(32, 64, 128, 256),
+            log=True,
+            unit="tokens",
+            group="attention",
+            about="Length T of a row, in training and in evaluation.",
+            source=NANOCHAT,
+        ),
+    ] = 128
+    window_pattern: Annotated[
+        str,
+        Field(pattern=r"^[SL]+$"),
+        Knob(
+            choices=("SSSL", "SSL", "SL", "S", "L"),
+            group="attention",
+            about="Short (S) and long (L) attention, tiled over the layers; the last is long.",
+            source="Brown et al. 2020, arXiv:2005.14165; " + NANOCHAT,
+        ),
+    ] = "SSSL"
+    short_window: Annotated[
+        float,
+        Field(gt=0, le=1),
+        Knob(
+            choices=(0.0625, 0.125, 0.25, 0.5, 0.75),
+            log=True,
+            unit="fraction of seq_len",
+            group="attention",
+            about="How far back a short layer looks.",
+            source=NANOCHAT,
+        ),
+    ] = 0.5
+    rope_base: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=100,
+            high=1e6,
+            log=True,
+            unit="base",
+            group="attention",
+            about="Slowest wavelength of the rotary position encoding.",
+            source="Su et al. 2021, RoFormer, arXiv:2104.09864",
+        ),
+    ] = 10000.0
+    value_embeds: Annotated[
+        Literal["off", "alternate", "all"],
+        Knob(
+            choices=("off", "alternate", "all"),
+            group="attention",
+            about="Layers whose values get a gated embedding of the token itself.",
+            source="Zhou et al. 2024, value residual learning, arXiv:2410.17897",
+        ),
+    ] = "alternate"
+
+    # ------------------------------------------------------- residual stream
+    residual_scalars: Annotated[
+        Literal["off", "fixed", "learned"],
+        Knob(
+            choices=("off", "fixed", "learned"),
+            group="residual",
+            about="Whether each layer mixes the token embedding back in, and learns how much.",
+            source=MODDED_NANOGPT,
+        ),
+    ] = "learned"
+    x0_init: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            low=0,
+            high=0.5,
+            unit="factor",
+            group="residual",
+            about="Initial share of the token embedding mixed into each layer's input.",
+            source=NANOCHAT,
+        ),
+    ] = 0.1
+
+    # ------------------------------------------------------------------ init
+    qkv_scale: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.25,
+            high=4,
+            log=True,
+            unit="factor",
+            group="init",
+            about="Initial scale of the query, key and value matrices.",
+            source=NANOCHAT,
+        ),
+    ] = 1.0
+    value_embed_init: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            low=0.05,
+            high=4,
+            log=True,
+            unit="factor",
+            group="init",
+            about="Initial scale of the value embeddings.",
+            source=NANOCHAT,
+        ),
+    ] = 1.0
+
+    # ------------------------------------------------------------------ loss
+    softcap: Annotated[
+        float,
+        Field(gt=0, le=80),
+        Knob(
+            low=5,
+            high=60,
+            log=True,
+            unit="logits",
+            group="loss",
+            about="Logits are bounded smoothly to plus or minus this.",
+            source="Gemma Team 2024, Gemma 2, arXiv:2408.00118",
+        ),
+    ] = 15.0
+    label_smoothing: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Knob(
+            low=0,
+            high=0.2,
+            unit="probability",
+            group="loss",
+            about="Share of the target spread evenly over the vocabulary (training only).",
+            source="Szegedy et al. 2016, arXiv:1512.00567",
+        ),
+    ] = 0.0
+    z_loss: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            choices=(0.0, 1e-5, 1e-4, 1e-3, 1e-2),
+            unit="weight",
+            group="loss",
+            about="Weight of the squared log-partition (training only).",
+            source="Chowdhery et al. 2022, PaLM, arXiv:2204.02311",
+        ),
+    ] = 0.0
+
+    # ----------------------------------------------------------------- batch
+    batch_tokens: Annotated[
+        int,
+        Field(ge=2),
+        Knob(
+            choices=(512, 1024, 2048, 4096),
+            log=True,
+            unit="tokens a step",
+            group="batch",
+            about="Larger batches are less noisy and leave fewer steps.",
+            source="McCandlish et al. 2018, arXiv:1812.06162",
+        ),
+    ] = 1024
+
+    # ----------------------------------------------------------------- rates
+    lr_scale: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.1,
+            high=4,
+            log=True,
+            unit="factor",
+            group="rates",
+            about="Multiplies every learning rate.",
+            source=NANOCHAT,
+        ),
+    ] = 1.0
+    matrix_lr: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.004,
+            high=0.4,
+            log=True,
+            unit="per step",
+            group="rates",
+            about="Muon's learning rate, for every matrix inside the layers.",
+            source=MUON,
+        ),
+    ] = 0.04
+    embedding_lr: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.06,
+            high=6,
+            log=True,
+            unit="per step at dim 768",
+            group="rates",
+            about="AdamW's learning rate for token and value embeddings.",
+            source=NANOCHAT,
+        ),
+    ] = 0.6
+    head_lr: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.0004,
+            high=0.08,
+            log=True,
+            unit="per step at dim 768",
+            group="rates",
+            about="AdamW's learning rate for the output head (and a tied table).",
+            source=NANOCHAT,
+        ),
+    ] = 0.004
+    scalar_lr: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.005,
+            high=5,
+            log=True,
+            unit="per step at dim 768",
+            group="rates",
+            about="AdamW's learning rate for x0 scalars; residual scalars use a hundredth.",
+            source=NANOCHAT,
+        ),
+    ] = 0.5
+
+    # -------------------------------------------------------------- schedule
+    warm_up: Annotated[
+        float,
+        Fraction,
+        Knob(
+            low=0,
+            high=0.5,
+            unit="fraction of the run",
+            group="schedule",
+            about="Rates rise linearly from zero for this long.",
+            source="Goyal et al. 2017, arXiv:1706.02677",
+        ),
+    ] = 0.0
+    warm_down: Annotated[
+        float,
+        Fraction,
+        Knob(
+            low=0,
+            high=1,
+            unit="fraction of the run",
+            group="schedule",
+            about="Rates fall linearly to final_lr over this last part.",
+            source="Hägele et al. 2024, arXiv:2405.18392",
+        ),
+    ] = 0.5
+    final_lr: Annotated[
+        float,
+        Fraction,
+        Knob(
+            low=0,
+            high=0.5,
+            unit="fraction of the rate",
+            group="schedule",
+            about="Where the warm-down ends.",
+            source=NANOCHAT,
+        ),
+    ] = 0.0
+    momentum_ramp: Annotated[
+        float,
+        Fraction,
+        Knob(
+            low=0,
+            high=1,
+            unit="fraction of the run",
+            group="schedule",
+            about="Muon's momentum rises from its first to its final value for this long.",
+            source=MODDED_NANOGPT,
+        ),
+    ] = 0.28
+
+    # ------------------------------------------------------------- optimiser
+    momentum_start: Annotated[
+        float,
+        Beta,
+        Knob(
+            low=0.5,
+            high=0.98,
+            unit="fraction kept a step",
+            group="optimiser",
+            about="Muon's momentum in the first step.",
+            source=MODDED_NANOGPT,
+        ),
+    ] = 0.85
+    momentum_final: Annotated[
+        float,
+        Beta,
+        Knob(
+            low=0.8,
+            high=0.99,
+            unit="fraction kept a step",
+            group="optimiser",
+            about="Muon's momentum after the ramp.",
+            source=MUON,
+        ),
+    ] = 0.95
+    muon_beta2: Annotated[
+        float,
+        Beta,
+        Knob(
+            low=0.8,
+            high=0.999,
+            unit="fraction kept a step",
+            group="optimiser",
+            about="Memory of Muon's per-neuron second moment.",
+            source=NORMUON,
+        ),
+    ] = 0.95
+    polar_steps: Annotated[
+        int,
+        Field(ge=1),
+        Knob(
+            low=1,
+            high=8,
+            unit="iterations",
+            group="optimiser",
+            about="How closely Muon's updates are orthogonalised; charged to the budget.",
+            source=POLAR_EXPRESS,
+        ),
+    ] = 5
+    weight_decay: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            low=0,
+            high=1,
+            unit="per unit of rate",
+            group="optimiser",
+            about="Cautious decay of the matrices, falling to zero over the run.",
+            source=CAUTIOUS_DECAY,
+        ),
+    ] = 0.2
+    adam_beta1: Annotated[
+        float,
+        Beta,
+        Knob(
+            low=0.5,
+            high=0.98,
+            unit="fraction kept a step",
+            group="optimiser",
+            about="AdamW's memory of the gradient.",
+            source="Kingma and Ba 2014, arXiv:1412.6980",
+        ),
+    ] = 0.8
+    adam_beta2: Annotated[
+        float,
+        Beta,
+        Knob(
+            low=0.8,
+            high=0.999,
+            unit="fraction kept a step",
+            group="optimiser",
+            about="AdamW's memory of the squared gradient.",
+            source="Kingma and Ba 2014, arXiv:1412.6980",
+        ),
+    ] = 0.95
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.heads
+
+    @property
+    def rows(self) -> int:
+        """Rows of `seq_len` tokens in one batch."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens each layer attends to, itself included, first layer to last."""
+        short = max(1, math.floor(self.seq_len * self.short_window))
+        reach = {"S": short, "L": self.seq_len}
+        pattern = self.window_pattern
+        inner = [reach[pattern[i % len(pattern)]] for i in range(self.depth - 1)]
+        return (*inner, self.seq_len)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with a value embedding; `alternate` includes the last layer."""
+        if self.value_embeds == "off":
+            return ()
+        step = 2 if self.value_embeds == "alternate" else 1
+        return tuple(range((self.depth - 1) % step, self.depth, step))
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(
+                f"heads={self.heads} does not divide dim={self.dim}; choose heads that do."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"heads={self.heads} leaves dim / heads = {self.head_dim} channels a head; rotary "
+                "position encoding needs an even number. Change heads or dim."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        if self.batch_tokens % self.seq_len:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}; "
+                "a batch is made of whole rows."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warm_up + self.warm_down > 1:
+            raise ValueError(
+                f"warm_up={self.warm_up} and warm_down={self.warm_down} overlap; together they "
+                "may not exceed 1."
+            )
+        return self
