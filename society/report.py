@@ -1,0 +1,907 @@
+"""The report: a frozen view of the ledger, and its rendering as Markdown and as one HTML file.
+
+`build_report` derives every number from the ledger at that moment; it writes nothing, keeps
+nothing and reads no clock, so two reports of one notebook are equal. `write_report` renders a
+report. Whatever comes out of the ledger may be hostile (a log tail is whatever a candidate
+printed): control characters are removed, and text is escaped for the format it goes into.
+
+jinja2 and matplotlib are imported when a report is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from society.experiments import gate
+from society.experiments.effects import (
+    DeadEnd,
+    KnobEffect,
+    dead_ends,
+    describe_dead_end,
+    knob_effects,
+)
+from society.experiments.space import Space
+from society.experiments.task import Direction, Task, known_tasks
+from society.knobs import Scalar
+from society.records import (
+    Activity,
+    Champion,
+    Claim,
+    Cost,
+    Decision,
+    Effect,
+    Environment,
+    Hypothesis,
+    HypothesisState,
+    Insight,
+    Noise,
+    Outcome,
+    Run,
+    RunKind,
+    Scope,
+    SocietyRecord,
+    Variant,
+)
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from society.memory.ledger import Ledger
+    from society.plots import PoolPoint
+
+MESSAGE_CHARS = 240
+"""Longest error message shown of a failed run."""
+INSIGHTS_SHOWN = 12
+"""Latest insights shown; earlier ones are mostly the same ones on fewer runs."""
+FAILURES_SHOWN = 60
+"""Failed runs listed one by one; the table of all runs has the rest."""
+
+
+STANDING = (Decision.ACCEPTED, Decision.CONFIRMED)
+"""Latest decisions of a claim that stands accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A variant's scores on the verification seeds, holdout split."""
+
+    variant: Variant
+    mean: float | None
+    """Mean of the completed runs; None if there is none."""
+    half_width: float
+    """Half width of the plain 95 % t-interval of that mean; 0 below two runs."""
+    completed: int
+    failed: int
+    scores: tuple[float, ...]
+    """The completed scores, in seed order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """What a reader must know if they read nothing else."""
+
+    baseline: Pool
+    champion: Pool
+    champion_number: int
+    gain: Effect | None
+    """Champion over baseline, paired on the common verification seeds; None if not measurable."""
+    audit: Effect | None
+    """The same on fresh audit seeds, after the society ended; None without an audit."""
+    accepted: int
+    """Claims that stand accepted."""
+    rolled_back: int
+    best_screening: Run | None
+    """Best screening score: selected as the best of many on one seed, verified by nobody."""
+    runs: int
+    wall_s: float
+    busy: float | None
+    """Share of slot time spent on runs, weighted by wall time, 0..1."""
+
+    @property
+    def anything_accepted(self) -> bool:
+        """Whether the champion is something else than the baseline."""
+        return not self.champion.variant.is_baseline
+
+
+@dataclass(frozen=True, slots=True)
+class KnobChange:
+    """One line of the champion's recipe."""
+
+    knob: str
+    baseline: Scalar
+    champion: Scalar
+    unit: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A claim with all that is known about it."""
+
+    claim: Claim
+    change: str
+    """What the variant changes against the reference, in words."""
+    against: str
+    """The reference: which champion it was, or its recipe."""
+    decision: Decision | None
+    """None while undecided."""
+    effect: Effect | None
+    """None while undecided: interim results of open claims are not published."""
+    log_e: float | None
+    """Natural log of the claim's own e-value at the verdict."""
+    certified: bool
+    """e-BH label at the gate's false discovery rate."""
+    verifiers: tuple[str, ...]
+    """Agents whose verification runs it has, most runs first."""
+    verifications: int
+    """Verification runs so far."""
+    reproduced: bool | None
+    """Whether the screening run gave the same score again elsewhere; None if not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A run that did not complete."""
+
+    run: Run
+    message: str
+    """Last line of its log tail."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentWork:
+    """What one agent did in one society."""
+
+    agent: str
+    society: str
+    duties: tuple[tuple[str, int, float], ...]
+    """Role, number of duties, seconds; most duties first."""
+    runs: int
+    verifications: int
+    """Verification and reproduction runs among them."""
+    filed: int
+    accepted: int
+    """Filed claims that stand accepted."""
+    judged: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """What one kind of run cost in total."""
+
+    kind: str
+    runs: int
+    failed: int
+    cost: Cost
+    """Sums; the memory is the largest peak."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A frozen view of the notebook for one task on one hardware tier."""
+
+    task: str
+    loads_as: str
+    """What `load_task` takes for it: a known name or `module:Class`."""
+    profile: str
+    tier: str
+    metric: str
+    unit: str
+    direction: Direction
+    as_of: float | None
+    """When the last thing in it happened, Unix seconds; None for an empty notebook."""
+    headline: Headline
+    recipe: tuple[KnobChange, ...]
+    patch: str | None
+    findings: tuple[Finding, ...]
+    """All claims in order of filing."""
+    failures: tuple[Failure, ...]
+    effects: tuple[KnobEffect, ...]
+    dead_ends: tuple[DeadEnd, ...]
+    insights: tuple[Insight, ...]
+    hypotheses: tuple[Hypothesis, ...]
+    """Open ones, highest priority first."""
+    agents: tuple[AgentWork, ...]
+    noise: Noise | None
+    costs: tuple[CostLine, ...]
+    """By kind of run; the total comes last."""
+    societies: tuple[SocietyRecord, ...]
+    environments: tuple[Environment, ...]
+    runs: tuple[Run, ...]
+    """All runs in order of finishing."""
+    champions: tuple[tuple[Champion, Pool], ...]
+    activities: tuple[Activity, ...]
+
+    def decided(self, *decisions: Decision) -> tuple[Finding, ...]:
+        """The findings closed in one of these ways."""
+        return tuple(finding for finding in self.findings if finding.decision in decisions)
+
+    @property
+    def undecided(self) -> tuple[Finding, ...]:
+        """The claims still open."""
+        return tuple(finding for finding in self.findings if finding.decision is None)
+
+
+# ------------------------------------------------------------------------------------ building
+
+
+def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Report:
+    """Everything the ledger knows about one task on one tier, as it is now. Only reads."""
+    runs = tuple(sorted(ledger.runs(scope), key=lambda run: run.number))
+    claims = tuple(ledger.claims(scope))
+    champions = _champions(ledger, scope)
+    societies = tuple(s for s in ledger.societies() if s.id in _involved(runs, claims, ledger))
+    activities = tuple(a for s in societies for a in ledger.activities(s.id))
+    headline = _headline(ledger, scope, task, runs, claims, champions, societies)
+    champion = headline.champion.variant
+    return Report(
+        task=task.key,
+        loads_as=_loads_as(task),
+        profile=task.profile,
+        tier=scope.tier,
+        metric=task.metric,
+        unit=task.unit,
+        direction=task.direction,
+        as_of=_as_of(runs, claims, activities),
+        headline=headline,
+        recipe=_recipe(champion, space),
+        patch=champion.patch,
+        findings=_findings(claims, runs, [entry for entry, _ in champions]),
+        failures=tuple(
+            Failure(run, _last_line(run.log_tail))
+            for run in runs
+            if run.outcome is not Outcome.COMPLETED
+        ),
+        effects=knob_effects(runs, space, {}, task.direction),
+        dead_ends=dead_ends(runs, space, {}, task.direction),
+        insights=tuple(ledger.insights(scope)),
+        hypotheses=_open_hypotheses(ledger.hypotheses(scope)),
+        agents=_agents(societies, ledger, runs, claims),
+        noise=ledger.noise(scope),
+        costs=_costs(runs),
+        societies=societies,
+        environments=_environments(runs),
+        runs=runs,
+        champions=champions,
+        activities=activities,
+    )
+
+
+def _involved(runs: Sequence[Run], claims: Sequence[Claim], ledger: Ledger) -> set[str]:
+    """Societies that worked on this task and tier; all of them while nothing has been run."""
+    named = {run.society for run in runs} | {claim.society for claim in claims}
+    return named or {society.id for society in ledger.societies()}
+
+
+def _as_of(
+    runs: Sequence[Run], claims: Sequence[Claim], activities: Sequence[Activity]
+) -> float | None:
+    moments = [run.finished_at for run in runs] + [claim.filed_at for claim in claims]
+    moments += [claim.verdict.decided_at for claim in claims if claim.verdict is not None]
+    moments += [activity.ended_at for activity in activities]
+    return max(moments, default=None)
+
+
+def _loads_as(task: Task) -> str:
+    if task.name in known_tasks():
+        return task.name
+    return f"{type(task).__module__}:{type(task).__qualname__}"
+
+
+def _pool(ledger: Ledger, scope: Scope, variant: Variant) -> Pool:
+    from scipy.special import stdtrit
+
+    found = ledger.pool(scope, variant)
+    scores = tuple(score for score in found.values() if score is not None)
+    n = len(scores)
+    mean = math.fsum(scores) / n if n else None
+    half = 0.0
+    if mean is not None and n > 1:
+        variance = math.fsum((score - mean) ** 2 for score in scores) / (n - 1)
+        half = float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
+    return Pool(variant, mean, half, n, len(found) - n, scores)
+
+
+def _champions(ledger: Ledger, scope: Scope) -> tuple[tuple[Champion, Pool], ...]:
+    return tuple((entry, _pool(ledger, scope, entry.variant)) for entry in ledger.champions(scope))
+
+
+def _headline(
+    ledger: Ledger,
+    scope: Scope,
+    task: Task,
+    runs: Sequence[Run],
+    claims: Sequence[Claim],
+    champions: Sequence[tuple[Champion, Pool]],
+    societies: Sequence[SocietyRecord],
+) -> Headline:
+    base = Variant(task=task.key)
+    entry, champion = champions[-1] if champions else (None, _pool(ledger, scope, base))
+    decisions = Counter(claim.verdict.decision for claim in claims if claim.verdict is not None)
+    busy = [(s.busy, s.wall_s) for s in societies if s.busy is not None and s.wall_s > 0]
+    weight = math.fsum(wall for _, wall in busy)
+    return Headline(
+        baseline=_pool(ledger, scope, base),
+        champion=champion,
+        champion_number=entry.number if entry is not None else 0,
+        gain=_gain(
+            ledger.pool(scope, base), ledger.pool(scope, champion.variant), champion.variant, task
+        ),
+        audit=_audit(runs, champion.variant, task),
+        accepted=sum(decisions[decision] for decision in STANDING),
+        rolled_back=decisions[Decision.ROLLED_BACK],
+        best_screening=_best_screening(runs, task.direction),
+        runs=len(runs),
+        wall_s=math.fsum(society.wall_s for society in societies),
+        busy=math.fsum(b * wall for b, wall in busy) / weight if weight else None,
+    )
+
+
+def _gain(
+    baseline: Mapping[int, float | None],
+    champion: Mapping[int, float | None],
+    variant: Variant,
+    task: Task,
+) -> Effect | None:
+    """The paired gain, or None where there is nothing to compare."""
+    if variant.is_baseline or not set(baseline) & set(champion):
+        return None
+    better = gate.LOWER_IS_BETTER if task.direction is Direction.MINIMISE else gate.HIGHER_IS_BETTER
+    try:
+        return gate.paired_gain(baseline, champion, better)
+    except ValueError:  # a failed run among fewer than two completed ones: nothing to place it by
+        return None
+
+
+def _audit(runs: Iterable[Run], champion: Variant, task: Task) -> Effect | None:
+    """The gain on the audit's fresh seeds."""
+    scores: dict[str, dict[int, float | None]] = {}
+    crashes: Counter[tuple[str, int]] = Counter()
+    for run in runs:
+        if run.kind is RunKind.AUDIT:
+            place = (run.variant.fingerprint, run.seed)
+            crashes[place] += run.outcome is Outcome.CRASHED
+            if run.outcome is not Outcome.CRASHED or crashes[place] > 1:  # one crash is repeated
+                scores.setdefault(place[0], {})[run.seed] = run.score
+    base = Variant(task=task.key).fingerprint
+    return _gain(scores.get(base, {}), scores.get(champion.fingerprint, {}), champion, task)
+
+
+def _best_screening(runs: Iterable[Run], direction: Direction) -> Run | None:
+    scored = [run for run in runs if run.kind is RunKind.SCREENING and run.score is not None]
+    return max(scored, key=lambda run: direction.improvement(0.0, run.score or 0.0), default=None)
+
+
+def _recipe(champion: Variant, space: Space) -> tuple[KnobChange, ...]:
+    return tuple(
+        KnobChange(
+            name, space.default(name), value, space.knobs[name].unit, space.knobs[name].about
+        )
+        for name, value in sorted(champion.overrides.items())
+    )
+
+
+def _findings(
+    claims: Sequence[Claim], runs: Sequence[Run], champions: Sequence[Champion]
+) -> tuple[Finding, ...]:
+    by_claim: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.claim_id is not None:
+            by_claim.setdefault(run.claim_id, []).append(run)
+    by_id = {run.id: run for run in runs}
+    labelled = _certified(claims)
+    names = {c.variant.fingerprint: f"champion {c.number}" for c in reversed(champions) if c.number}
+    return tuple(
+        _finding(
+            claim,
+            by_claim.get(claim.id, []),
+            by_id,
+            certified=claim.id in labelled,
+            against=names.get(claim.reference.fingerprint, claim.reference.describe()),
+        )
+        for claim in claims
+    )
+
+
+def _finding(
+    claim: Claim,
+    runs: Sequence[Run],
+    by_id: Mapping[str, Run],
+    *,
+    certified: bool,
+    against: str,
+) -> Finding:
+    verifiers = Counter(run.agent for run in runs if run.kind is RunKind.VERIFICATION)
+    again = [
+        run
+        for run in runs
+        if run.kind is RunKind.REPRODUCTION and run.outcome is not Outcome.CRASHED
+    ]
+    first = by_id.get(claim.screening_run)
+    verdict = claim.verdict
+    return Finding(
+        claim=claim,
+        change=change_text(claim.variant, claim.reference),
+        against=against,
+        decision=verdict.decision if verdict is not None else None,
+        effect=verdict.effect if verdict is not None else None,
+        log_e=verdict.log_e if verdict is not None else None,
+        certified=certified,
+        verifiers=tuple(agent for agent, _ in verifiers.most_common()),
+        verifications=sum(verifiers.values()),
+        reproduced=all(run.score == first.score for run in again) if again and first else None,
+    )
+
+
+def _certified(claims: Sequence[Claim]) -> frozenset[str]:
+    """Accepted claims whose family passes e-BH among all families ever filed.
+
+    A family's e-value is that of its last closed claim times the capital it started with; families
+    without a closed claim count with e = 1, so that filing more makes the label harder to get.
+    """
+    log_e: dict[int, float] = {}
+    for claim in claims:
+        log_e.setdefault(claim.family, 0.0)
+        if claim.verdict is not None:
+            log_e[claim.family] = claim.carried_log_e + claim.verdict.log_e
+    passed = dict(zip(log_e, gate.certified(list(log_e.values())), strict=True))
+    last = {claim.family: claim for claim in claims if claim.verdict is not None}
+    return frozenset(
+        claim.id
+        for family, claim in last.items()
+        if passed[family] and claim.verdict is not None and claim.verdict.decision in STANDING
+    )
+
+
+def _open_hypotheses(hypotheses: Iterable[Hypothesis]) -> tuple[Hypothesis, ...]:
+    still = [h for h in hypotheses if h.state is not HypothesisState.TESTED]
+    return tuple(sorted(still, key=lambda h: (-h.priority, h.posted_at, h.id)))
+
+
+def _agents(
+    societies: Iterable[SocietyRecord],
+    ledger: Ledger,
+    runs: Sequence[Run],
+    claims: Sequence[Claim],
+) -> tuple[AgentWork, ...]:
+    work: list[AgentWork] = []
+    for society in societies:
+        activities = ledger.activities(society.id)
+        names = {activity.agent for activity in activities}
+        names |= {run.agent for run in runs if run.society == society.id}
+        names |= {claim.author for claim in claims if claim.society == society.id}
+        for name in sorted(names, key=_natural):
+            mine = [activity for activity in activities if activity.agent == name]
+            work.append(_agent(name, society.id, mine, runs, claims))
+    return tuple(work)
+
+
+def _agent(
+    name: str,
+    society: str,
+    activities: Sequence[Activity],
+    runs: Sequence[Run],
+    claims: Sequence[Claim],
+) -> AgentWork:
+    count: Counter[str] = Counter(activity.role for activity in activities)
+    mine = [run for run in runs if run.agent == name and run.society == society]
+    filed = [claim for claim in claims if claim.author == name and claim.society == society]
+    verdicts = [c.verdict for c in claims if c.society == society and c.verdict is not None]
+    seconds: dict[str, float] = {}
+    for activity in activities:
+        spent = activity.ended_at - activity.started_at
+        seconds[activity.role] = seconds.get(activity.role, 0.0) + spent
+    checks = (RunKind.VERIFICATION, RunKind.REPRODUCTION)
+    return AgentWork(
+        agent=name,
+        society=society,
+        duties=tuple((role, duties, seconds[role]) for role, duties in count.most_common()),
+        runs=len(mine),
+        verifications=sum(run.kind in checks for run in mine),
+        filed=len(filed),
+        accepted=sum(
+            claim.verdict is not None and claim.verdict.decision in STANDING for claim in filed
+        ),
+        judged=sum(verdict.judge == name for verdict in verdicts),
+    )
+
+
+def _costs(runs: Sequence[Run]) -> tuple[CostLine, ...]:
+    kinds = [kind for kind in RunKind if any(run.kind is kind for run in runs)]
+    lines = [_cost_line(kind.value, [run for run in runs if run.kind is kind]) for kind in kinds]
+    return (*lines, _cost_line("total", runs)) if runs else ()
+
+
+def _cost_line(kind: str, runs: Sequence[Run]) -> CostLine:
+    costs = [run.cost for run in runs]
+    total = Cost(
+        wall_s=math.fsum(cost.wall_s for cost in costs),
+        cpu_s=math.fsum(cost.cpu_s for cost in costs),
+        gpu_s=math.fsum(cost.gpu_s for cost in costs),
+        flops=math.fsum(cost.flops for cost in costs),
+        tokens=sum(cost.tokens for cost in costs),
+        steps=sum(cost.steps for cost in costs),
+        mem_bytes=max((cost.mem_bytes for cost in costs), default=0),
+    )
+    failed = sum(run.outcome is not Outcome.COMPLETED for run in runs)
+    return CostLine(kind, len(runs), failed, total)
+
+
+def _environments(runs: Iterable[Run]) -> tuple[Environment, ...]:
+    found: list[Environment] = []
+    for run in runs:
+        if run.environment not in found:
+            found.append(run.environment)
+    return tuple(found)
+
+
+def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts `agent-2` before `agent-10`."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in map(clean, text.splitlines()) if line]
+    line = lines[-1] if lines else ""
+    return line if len(line) <= MESSAGE_CHARS else line[: MESSAGE_CHARS - 1] + "…"
+
+
+# ------------------------------------------------------------------------------------ sentences
+
+
+def headline_sentences(report: Report) -> tuple[str, ...]:
+    """The headline in plain words, the most important sentence first."""
+    head, unit = report.headline, report.unit
+    if not report.runs:
+        return ("Nothing has been accepted: the notebook holds no run of this task yet.",)
+    if head.anything_accepted:
+        sentences = [_accepted_sentence(report)]
+        if head.gain is not None:
+            sentences.append(_gain_sentence("Gain", head.gain, unit, "common verification seeds"))
+        else:
+            sentences.append("The gain cannot be measured yet: no common verification seeds.")
+        if head.audit is not None:
+            sentences.append(_gain_sentence("Audit", head.audit, unit, "fresh seeds afterwards"))
+    else:
+        sentences = [_nothing_sentence(report)]
+    if head.best_screening is not None:
+        best = head.best_screening
+        sentences.append(
+            f"Best screening score: {number(best.score)} {unit} (run {best.id}, one seed, "
+            "validation split): not verified, and selected as the best of many."
+        )
+    return tuple(sentences)
+
+
+def _accepted_sentence(report: Report) -> str:
+    head = report.headline
+    return (
+        f"{_standing(head.accepted)} accepted: {report.metric} on the holdout went from "
+        f"{number(head.baseline.mean)} (baseline, {head.baseline.completed} seeds) to "
+        f"{number(head.champion.mean)} {report.unit} (champion, {head.champion.completed} seeds)."
+    )
+
+
+def _standing(claims: int) -> str:
+    return "1 claim stands" if claims == 1 else f"{claims} claims stand"
+
+
+def _nothing_sentence(report: Report) -> str:
+    accepted, rolled = report.headline.accepted, report.headline.rolled_back
+    if accepted:
+        return f"{_standing(accepted)} accepted, but the champion is still the baseline."
+    if rolled:
+        what = f"{rolled} accepted claim{'s were' if rolled > 1 else ' was'} rolled back"
+        return f"Nothing stands accepted: {what}, and the champion is the baseline."
+    filed, undecided = len(report.findings), len(report.undecided)
+    return (
+        "Nothing has been accepted: the champion is the baseline. "
+        f"{filed} claim{'s' if filed != 1 else ''} filed, {undecided} of them undecided."
+    )
+
+
+def _gain_sentence(name: str, effect: Effect, unit: str, seeds: str) -> str:
+    return (
+        f"{name}: {delta(effect.mean)} {unit}, anytime-valid 95 % interval {interval(effect)}, "
+        f"shrunken estimate {delta(effect.shrunken)}, paired on {effect.seeds} {seeds}."
+    )
+
+
+def number(value: float | None) -> str:
+    """A score for readers."""
+    if value is None:
+        return "–"
+    plain = value == 0 or 1e-2 <= abs(value) < 1e5
+    return f"{value:.4f}" if plain else f"{value:.4g}"
+
+
+def delta(value: float | None) -> str:
+    """An improvement for readers, with its sign."""
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    text = f"{value:+.4f}" if value == 0 or 5e-3 <= abs(value) < 1e5 else f"{value:+.2g}"
+    return text.replace("-", "−", 1)
+
+
+def interval(effect: Effect) -> str:
+    """An interval for readers."""
+    return f"[{delta(effect.low)}, {delta(effect.high)}]"
+
+
+def e_value(log_e: float | None) -> str:
+    """An e-value for readers."""
+    if log_e is None:
+        return "–"
+    return f"{math.exp(log_e):.3g}" if log_e < 20 else f"1e{log_e / math.log(10):.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1 h 02 min`, `3 min 05 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def amount(value: float) -> str:
+    """A large count for readers, e.g. `1.2e12`."""
+    if value < 10_000:
+        return f"{value:.4g}"
+    return f"{value:.3e}".replace("e+0", "e").replace("e+", "e")
+
+
+def moment(seconds: float | None) -> str:
+    """Unix seconds as a date, UTC."""
+    if seconds is None:
+        return "–"
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def clean(text: object) -> str:
+    """Text on one line without control, direction-changing or half characters."""
+    plain = str(text).encode("utf-8", "replace").decode("utf-8")
+    plain = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", plain)
+    hidden = r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+    return " ".join(re.sub(hidden, " ", plain).split())
+
+
+def change_text(variant: Variant, reference: Variant) -> str:
+    """What differs from the reference, e.g. `lr=0.08, -heads` (a knob back at the baseline's)."""
+    new, old = variant.overrides, reference.overrides
+    words = [f"{knob}={value}" for knob, value in sorted(new.items()) if old.get(knob) != value]
+    words += [f"-{knob}" for knob in sorted(old) if knob not in new]
+    if variant.patch != reference.patch:
+        words.append("patch" if variant.patch is not None else "-patch")
+    return ", ".join(words)
+
+
+def overrides_text(variant: Variant) -> str:
+    """A variant's overrides as a Python literal, for the reproduction command."""
+    return repr(dict(sorted(variant.overrides.items())))
+
+
+def shape_of_run(report: Report) -> Run | None:
+    """The run that the reproduction example repeats: the champion's own, else the best scored."""
+    scored = [run for run in report.runs if run.outcome is Outcome.COMPLETED]
+    champion = report.headline.champion.variant
+    own = [run for run in scored if run.variant == champion and run.variant.patch is None]
+    plain = [run for run in scored if run.variant.patch is None]
+    return next(iter(own or plain), None)
+
+
+def reproduction(report: Report) -> str:
+    """A script that repeats one run of the report, or nothing when no run can be repeated so."""
+    run = shape_of_run(report)
+    if run is None:
+        return ""
+    device = run.environment.device.split(":")[0]
+    return "\n".join(
+        [
+            "import asyncio",
+            "from society.experiments.executor import InlineExecutor",
+            "from society.experiments.space import variant",
+            "from society.experiments.task import load_task",
+            "from society.records import Budget, BudgetKind, Split, Work",
+            "",
+            f"task = load_task({report.loads_as!r}, {report.profile!r})",
+            f"overrides = {overrides_text(run.variant)}",
+            f"budget = Budget(BudgetKind({run.budget.kind.value!r}), {run.budget.amount!r})",
+            f"split = Split({run.split.value!r})",
+            f'work = Work("again", variant(task, overrides), {run.seed}, split, budget)',
+            "",
+            "async def again():",
+            f"    executor = InlineExecutor(task, {device!r})",
+            "    await executor.start()",
+            "    return await executor.run(work)",
+            "",
+            "measured = asyncio.run(again())",
+            f"print(measured.score, 'recorded as', {run.score!r})",
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------ rendering
+
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write `report.md` (plots in `plots/*.svg`) and a self-contained `report.html`.
+
+    Each file is replaced whole (`os.replace`), the pages after their plots: a reader never sees
+    half a file.
+
+    Args:
+        report: What to render.
+        folder: Created when missing.
+
+    Returns:
+        The paths of the Markdown and the HTML file.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    from society.plots import standalone
+
+    plots = draw(report)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for name, svg in plots.items():
+        _replace(folder / "plots" / f"{name}.svg", standalone(svg))
+    markdown, html = folder / "report.md", folder / "report.html"
+    _replace(markdown, render(report, "md", plots))
+    _replace(html, render(report, "html", plots))
+    return markdown, html
+
+
+def draw(report: Report) -> dict[str, str]:
+    """The plots of a report by name, as inline SVG; what has nothing to show is left out."""
+    from society import plots
+
+    head = report.headline
+    lower = report.direction is Direction.MINIMISE
+    drawn = {
+        "progress": plots.progress(
+            report.runs, _points(report), lower_is_better=lower, metric=report.metric
+        ),
+        "claims": plots.forest(
+            [f.claim for f in report.findings],
+            unit=report.unit,
+            labels={f.claim.id: f.change for f in report.findings},
+        ),
+        "knobs": plots.knob_bars(report.effects, unit=report.unit),
+        "noise": plots.noise_histogram(head.baseline.scores, report.noise, metric=report.metric),
+        "timeline": plots.timeline(report.activities),
+    }
+    return {name: svg for name, svg in drawn.items() if svg is not None}
+
+
+def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
+    """The text of the report; `form` is `md` or `html`."""
+    from jinja2 import Environment as Templates
+    from jinja2 import PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    templates = Templates(
+        loader=PackageLoader("society", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(_filters(form))
+    page = templates.get_template(f"report.{form}.j2")
+    return page.render(
+        report=report,
+        head=report.headline,
+        sentences=headline_sentences(report),
+        plots={name: Markup(svg) for name, svg in plots.items()},
+        accepted=report.decided(*STANDING),
+        closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
+        shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
+        shown_failures=report.failures[:FAILURES_SHOWN],
+        dead_ends=[describe_dead_end(end) for end in report.dead_ends],
+        script=reproduction(report),
+        script_run=shape_of_run(report),
+        fdr=gate.DEFAULTS.certified_fdr,
+    )
+
+
+def _points(report: Report) -> list[PoolPoint]:
+    from society.plots import PoolPoint
+
+    return [
+        PoolPoint(entry, pool.mean, pool.half_width, pool.completed)
+        for entry, pool in report.champions
+        if pool.mean is not None
+    ]
+
+
+def _filters(form: str) -> dict[str, Callable[..., Any]]:
+    return {
+        "number": number,
+        "delta": delta,
+        "spread": lambda value: f"{value:.3g}",
+        "interval": interval,
+        "e_value": e_value,
+        "duration": duration,
+        "amount": amount,
+        "moment": moment,
+        "overrides": overrides_text,
+        "json": lambda value: json.dumps(value, sort_keys=True, default=str),
+        "clean": clean,
+        "code": _code_md if form == "md" else _code_html,
+        "prose": _prose_md if form == "md" else _prose_html,
+        "fenced": _fenced,
+    }
+
+
+def _code_html(text: object) -> Markup:
+    from markupsafe import Markup, escape
+
+    return Markup("<code>{}</code>").format(escape(clean(text)))
+
+
+def _prose_html(text: object) -> Markup:
+    """Escaped text in which `...` is set as code."""
+    from markupsafe import Markup, escape
+
+    parts = re.split(r"`([^`]*)`", clean(text))
+    return Markup("").join(
+        _code_html(part) if index % 2 else escape(part) for index, part in enumerate(parts)
+    )
+
+
+def _code_md(text: object) -> Markup:
+    """A code span that its content cannot end, fit for a table cell."""
+    from markupsafe import Markup
+
+    plain = clean(text).replace("|", "\\|")
+    longest = max((len(ticks) for ticks in re.findall(r"`+", plain)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if not plain or plain[0] == "`" or plain[-1] == "`" else ""
+    return Markup(f"{fence}{pad}{plain}{pad}{fence}")  # a code span is inert
+
+
+def _prose_md(text: object) -> Markup:
+    """Text whose Markdown and HTML is made inert, in which `...` is set as code."""
+    from markupsafe import Markup
+
+    parts = re.split(r"`([^`]*)`", clean(text))
+    safe = (_code_md(p) if index % 2 else _inert(p) for index, p in enumerate(parts))
+    return Markup("".join(safe))  # every part is escaped above
+
+
+def _inert(text: str) -> str:
+    """Backslashes before what Markdown would read, entities for what HTML would."""
+    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text.replace("&", "&amp;"))
+    return text.replace("<", "&lt;").replace(">", "&gt;").replace("://", ":&#47;&#47;")
+
+
+def _fenced(text: str) -> Markup:
+    """Program text inside a fenced block of the Markdown report; it is ours, not the ledger's."""
+    from markupsafe import Markup
+
+    return Markup(text.replace("`", "'"))  # fenced, and without a fence of its own
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
