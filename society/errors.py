@@ -40,6 +40,7 @@ class UnknownName(UsageError):
     """A name outside a closed set. Carries `kind`, `name` and the `known` names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        """Name what was given and what is known."""
         self.kind, self.name, self.known = kind, name, tuple(sorted(known))
         near = get_close_matches(name, self.known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -50,6 +51,7 @@ class InvalidVariant(UsageError):
     """An override the recipe refuses. Carries the `knob`."""
 
     def __init__(self, knob: str, problem: str) -> None:
+        """Name the knob and what is wrong with its value."""
         self.knob = knob
         super().__init__(f"Knob {knob!r}: {problem}")
 
@@ -82,6 +84,7 @@ class AlreadyRun(LeaseError):
     """The same work was done before. Carries the `run_id` that holds the result."""
 
     def __init__(self, run_id: str, message: str) -> None:
+        """Name the run that holds the result."""
         self.run_id = run_id
         super().__init__(message)
 

@@ -265,7 +265,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """ "Variant V beats reference R": opened from a screening run, closed by a verdict."""
+    """That variant V beats reference R: opened from a screening run, closed by a verdict."""
 
     id: str
     society: str

@@ -1,0 +1,964 @@
+"""`Ledger`: the one source of truth. What is true is decided here, in transactions.
+
+Concurrency: every call is one transaction, safe from several threads and processes; writers queue
+for at most 30 s, readers never wait. Staleness is decided by the database's clock inside SQL, and
+ownership by fencing tokens. Records that are returned are frozen and belong to the caller.
+
+Every writing call may raise `InvariantViolated` (a rule of `schema.py`), `NotebookInUse` (the
+write lock was held for 30 s) and `NotebookDamaged` (the file cannot be written); every reading
+call may raise `NotebookDamaged`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    Connection,
+    RowMapping,
+    Select,
+    and_,
+    exists,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    update,
+)
+
+from society.errors import AlreadyLeased, AlreadyRun, InvariantViolated, LeaseLost, NotANotebook
+from society.memory import rows
+from society.memory.database import Database
+from society.memory.entries import CLOCK, Author, keep_variant, next_number, scope_number, write
+from society.memory.schema import (
+    LeaseState,
+    activities,
+    champions,
+    claims,
+    commits,
+    counters,
+    hypotheses,
+    insights,
+    leases,
+    meta,
+    noise,
+    outbox,
+    runs,
+    scopes,
+    seeds,
+    societies,
+    variants,
+    verdict_runs,
+    verdicts,
+)
+from society.records import (
+    Activity,
+    Budget,
+    Champion,
+    Claim,
+    Counts,
+    Decision,
+    Entry,
+    Environment,
+    Hypothesis,
+    HypothesisState,
+    Insight,
+    Lease,
+    Measurement,
+    Noise,
+    Outcome,
+    Run,
+    RunKind,
+    Scope,
+    SeedList,
+    SocietyRecord,
+    SocietyState,
+    Split,
+    Variant,
+    Verdict,
+)
+
+_Enum = TypeVar("_Enum", bound=StrEnum)
+
+POOL_KINDS = (RunKind.CALIBRATION, RunKind.VERIFICATION)
+"""Kinds of runs that stand on verification seeds and count as evidence."""
+
+_LISTS: Mapping[RunKind, tuple[SeedList, Split, tuple[RunKind, ...]]] = {
+    RunKind.SCREENING: (SeedList.SCREENING, Split.VALIDATION, (RunKind.SCREENING,)),
+    RunKind.REPRODUCTION: (SeedList.SCREENING, Split.VALIDATION, (RunKind.REPRODUCTION,)),
+    RunKind.CALIBRATION: (SeedList.VERIFICATION, Split.HOLDOUT, POOL_KINDS),
+    RunKind.VERIFICATION: (SeedList.VERIFICATION, Split.HOLDOUT, POOL_KINDS),
+    RunKind.AUDIT: (SeedList.AUDIT, Split.HOLDOUT, (RunKind.AUDIT,)),
+}
+"""Kind of run -> its seed list, its split, and the kinds that share its seeds."""
+
+_LIVING = LeaseState.LIVING.value
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """One line of the outbox: something the semantic index should read."""
+
+    seq: int
+    kind: str
+    """`run`, `claim`, `verdict`, `insight` or `hypothesis`."""
+    ref: str
+    """Id of the record; of the claim for a verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A seed of a list that a lease is about to stand on."""
+
+    position: int
+    seed: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Who asks for a lease, and of what."""
+
+    scope: Scope
+    society: str
+    holder: str
+    variant: Variant
+    kind: RunKind
+    claim_id: str | None
+    ttl_s: float
+    idea: str = ""
+
+
+class Ledger:
+    """All facts of one notebook. Open it with `Ledger.open`; use it in a `with` block."""
+
+    def __init__(self, database: Database) -> None:
+        """Take over an initialised database; use `Ledger.open`."""
+        self._db = database
+        self._lock = threading.Lock()
+        self._variants: dict[str, Variant] = {}
+        self._variants_read = 0
+        self._runs: list[tuple[int, str, Run]] = []
+        self._verdicts: dict[str, Verdict] = {}
+        self._verdicts_read = 0
+
+    @classmethod
+    def open(
+        cls, path: Path | str, secret_seed: int | None = None, *, read_only: bool = False
+    ) -> Ledger:
+        """Open a ledger, creating it when the file does not exist.
+
+        Args:
+            path: The SQLite file, or the notebook's folder.
+            secret_seed: Where the seeds of a *new* ledger come from, for repeatable experiments
+                and tests; drawn from the operating system when None. An existing ledger keeps
+                its own.
+            read_only: Never write, never create; works beside a process that writes.
+
+        Raises:
+            NotANotebook: there is none to read, or it has another schema version.
+            NotebookDamaged: the file is corrupted, or cannot be created or written.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "ledger.sqlite"
+        if read_only and not file.is_file():
+            raise NotANotebook(f"No ledger at {file}. Name the folder of an existing notebook.")
+        database = Database(file, read_only=read_only)
+        try:
+            database.initialise(secret_seed)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database)
+
+    def close(self) -> None:
+        """Close the file. Leases stay as they are."""
+        self._db.close()
+
+    def __enter__(self) -> Ledger:
+        """The ledger itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The SQLite file."""
+        return self._db.path
+
+    # --- societies -----------------------------------------------------------------------------
+
+    def start_society(self, seed: int, settings: Mapping[str, object]) -> SocietyRecord:
+        """Record a new society, running from now."""
+        with self._db.write() as tx:
+            number = next_number(tx, societies)
+            identity = f"s{number:03d}"
+            tx.execute(
+                insert(societies).values(
+                    number=number,
+                    id=identity,
+                    seed=seed,
+                    settings=json.dumps(dict(settings), sort_keys=True),
+                    state=SocietyState.RUNNING.value,
+                    started_at=CLOCK,
+                )
+            )
+        return self.society(identity)
+
+    def set_society_state(
+        self,
+        id: str,
+        state: SocietyState,
+        *,
+        busy: float | None = None,
+        wall_s: float | None = None,
+    ) -> None:
+        """Record where a society stands; `busy` and `wall_s` keep their value when None.
+
+        Raises:
+            InvariantViolated: there is no such society.
+        """
+        values: dict[str, Any] = {
+            "state": state.value,
+            "ended_at": None if state is SocietyState.RUNNING else CLOCK,
+        }
+        if busy is not None:
+            values["busy"] = busy
+        if wall_s is not None:
+            values["wall_s"] = wall_s
+        with self._db.write() as tx:
+            changed = tx.execute(update(societies).where(societies.c.id == id).values(**values))
+            if changed.rowcount != 1:
+                raise InvariantViolated(f"No society {id!r} in {self.path}.")
+
+    def society(self, id: str) -> SocietyRecord:
+        """One society.
+
+        Raises:
+            InvariantViolated: there is no such society.
+        """
+        for record in self.societies():
+            if record.id == id:
+                return record
+        raise InvariantViolated(f"No society {id!r} in {self.path}.")
+
+    def societies(self) -> tuple[SocietyRecord, ...]:
+        """All societies that worked here, oldest first."""
+        with self._db.read() as tx:
+            found = tx.execute(select(societies).order_by(societies.c.number)).mappings()
+            return tuple(rows.to_society(row) for row in found)
+
+    def now(self) -> float:
+        """The database's clock, Unix seconds."""
+        with self._db.read() as tx:
+            return float(tx.execute(select(CLOCK)).scalar_one())
+
+    def version(self) -> int:
+        """A number that grows with every write but heartbeats: has anything changed?
+
+        That a lease has expired is the passing of time, not a write.
+        """
+        with self._db.read() as tx:
+            found = select(counters.c.value).where(counters.c.name == "version")
+            return int(tx.execute(found).scalar_one())
+
+    # --- seeds ---------------------------------------------------------------------------------
+
+    def seeds(self, which: SeedList, scope: Scope, count: int) -> tuple[int, ...]:
+        """The first `count` seeds of a list, drawn once and kept. For the harness, not a brain."""
+        with self._db.read() as tx:
+            drawn = self._drawn(tx, which, scope, count)
+        if len(drawn) < count:
+            with self._db.write() as tx:
+                number = scope_number(tx, scope, create=True)
+                assert number is not None
+                for position in range(len(drawn), count):
+                    self._draw(tx, which, scope, number, position)
+                drawn = self._drawn(tx, which, scope, count)
+        return drawn
+
+    @staticmethod
+    def _drawn(tx: Connection, which: SeedList, scope: Scope, count: int) -> tuple[int, ...]:
+        number = scope_number(tx, scope, create=False)
+        query = (
+            select(seeds.c.seed)
+            .where(seeds.c.scope == number, seeds.c.list == which.value)
+            .order_by(seeds.c.position)
+            .limit(count)
+        )
+        return tuple(tx.execute(query).scalars())
+
+    @staticmethod
+    def _draw(tx: Connection, which: SeedList, scope: Scope, number: int, position: int) -> int:
+        """The seed at a position, drawn from the secret unless it was before."""
+        at = select(seeds.c.seed).where(
+            seeds.c.scope == number, seeds.c.list == which.value, seeds.c.position == position
+        )
+        known = tx.execute(at).scalar()
+        if known is not None:
+            return int(known)
+        secret = bytes.fromhex(
+            tx.execute(select(meta.c.value).where(meta.c.key == "secret")).scalar_one()
+        )
+        attempt = 0
+        while True:
+            seed = _hash(secret, [which.value, scope.task, scope.tier, position, attempt])
+            taken = select(seeds.c.seed).where(seeds.c.scope == number, seeds.c.seed == seed)
+            if tx.execute(taken).first() is None:
+                break
+            attempt += 1
+        tx.execute(
+            insert(seeds).values(scope=number, list=which.value, position=position, seed=seed)
+        )
+        return seed
+
+    # --- leases --------------------------------------------------------------------------------
+
+    def lease_screening(
+        self,
+        scope: Scope,
+        society: str,
+        *,
+        holder: str,
+        variant: Variant,
+        ttl_s: float,
+        idea: str = "",
+    ) -> Lease:
+        """Lease a variant's run on the first screening seed, validation split.
+
+        Raises:
+            AlreadyLeased: a living lease holds the fingerprint.
+            AlreadyRun: it was screened before, with any outcome; carries the run id.
+        """
+        request = _Request(scope, society, holder, variant, RunKind.SCREENING, None, ttl_s, idea)
+        with self._db.write(durable=False) as tx:
+            number, fingerprint = self._known(tx, request)
+            seed = self._draw(tx, SeedList.SCREENING, scope, number, 0)
+            done = select(runs.c.id).where(
+                runs.c.scope == number,
+                runs.c.variant == fingerprint,
+                runs.c.kind == RunKind.SCREENING.value,
+                runs.c.seed == seed,
+            )
+            before = tx.execute(done).scalar()
+            if before is not None:
+                raise AlreadyRun(before, f"{variant.describe()} was screened as run {before}.")
+            return self._lease(tx, request, number, _Place(0, seed, 1), fingerprint, fingerprint)
+
+    def lease_next_seed(
+        self,
+        scope: Scope,
+        society: str,
+        *,
+        holder: str,
+        variant: Variant,
+        kind: RunKind,
+        claim_id: str | None = None,
+        ttl_s: float,
+    ) -> Lease:
+        """Lease the first verification seed that this variant has no result on, holdout split.
+
+        A crashed run is repeated once on the same seed; any other outcome, and a second crash,
+        is a result. Seeds under a living lease are passed over.
+
+        Args:
+            scope: Task and tier.
+            society: Society the run is charged to.
+            holder: The agent; not the author of `claim_id` or of an open claim on the variant.
+            variant: What to run; for a verification, the claim's variant.
+            kind: `CALIBRATION` or `VERIFICATION`.
+            claim_id: The claim it serves; a verification needs one.
+            ttl_s: Seconds until the lease expires without a heartbeat.
+
+        Raises:
+            NotIndependent: the holder is the author.
+            ClaimClosed: a verification of a claim that was rejected, superseded or rolled back.
+        """
+        if kind not in POOL_KINDS:
+            raise InvariantViolated(f"A {kind.value} run does not stand on verification seeds.")
+        request = _Request(scope, society, holder, variant, kind, claim_id, ttl_s)
+        return self._lease_next(request)
+
+    def lease_audit(
+        self, scope: Scope, society: str, *, holder: str, variant: Variant, ttl_s: float
+    ) -> Lease:
+        """Lease the first audit seed that this variant has no result on, holdout split."""
+        return self._lease_next(
+            _Request(scope, society, holder, variant, RunKind.AUDIT, None, ttl_s)
+        )
+
+    def lease_reproduction(
+        self, scope: Scope, society: str, *, holder: str, claim_id: str, ttl_s: float
+    ) -> Lease:
+        """Lease the repetition of a claim's screening run: same seed, same split.
+
+        Raises:
+            AlreadyLeased: somebody is at it.
+            AlreadyRun: it was reproduced before (a crash may be repeated once).
+            NotIndependent: the holder is the author.
+            ClaimClosed: the claim was rejected, superseded or rolled back.
+        """
+        claim = self.claim(claim_id)
+        request = _Request(
+            scope, society, holder, claim.variant, RunKind.REPRODUCTION, claim_id, ttl_s
+        )
+        with self._db.write(durable=False) as tx:
+            number, fingerprint = self._known(tx, request)
+            made = select(runs.c.id, runs.c.outcome, runs.c.attempt).where(
+                runs.c.claim_id == claim_id, runs.c.kind == RunKind.REPRODUCTION.value
+            )
+            tries = tx.execute(made.order_by(runs.c.number)).mappings().all()
+            for row in tries:
+                if row["outcome"] != Outcome.CRASHED.value or row["attempt"] == 2:
+                    raise AlreadyRun(
+                        row["id"], f"Claim {claim_id} was reproduced as run {row['id']}."
+                    )
+            place = self._screened_at(tx, claim.screening_run, 1 + len(tries))
+            return self._lease(tx, request, number, place, f"reproduction:{claim_id}", fingerprint)
+
+    @staticmethod
+    def _screened_at(tx: Connection, run: str, attempt: int) -> _Place:
+        at = select(leases.c.position, leases.c.seed).where(leases.c.run_id == run)
+        row = tx.execute(at).mappings().one()
+        return _Place(row["position"], row["seed"], attempt)
+
+    def _lease_next(self, request: _Request) -> Lease:
+        which = _LISTS[request.kind][0]
+        with self._db.write(durable=False) as tx:
+            number, fingerprint = self._known(tx, request)
+            place = self._first_free(tx, request, number, fingerprint)
+            subject = f"{fingerprint}:{which.value}:{place.position}"
+            return self._lease(tx, request, number, place, subject, fingerprint)
+
+    def _first_free(
+        self, tx: Connection, request: _Request, number: int, fingerprint: str
+    ) -> _Place:
+        which = _LISTS[request.kind][0]
+        row = tx.execute(_free_seeds(request.kind, number, fingerprint)).mappings().first()
+        if row is not None:
+            return _Place(row["position"], row["seed"], 1 + row["crashes"])
+        drawn = select(func.count()).where(seeds.c.scope == number, seeds.c.list == which.value)
+        position = int(tx.execute(drawn).scalar_one())
+        return _Place(position, self._draw(tx, which, request.scope, number, position), 1)
+
+    @staticmethod
+    def _known(tx: Connection, request: _Request) -> tuple[int, str]:
+        number = scope_number(tx, request.scope, create=True)
+        assert number is not None
+        return number, keep_variant(tx, request.variant)
+
+    def _lease(
+        self,
+        tx: Connection,
+        request: _Request,
+        number: int,
+        place: _Place,
+        subject: str,
+        fingerprint: str,
+    ) -> Lease:
+        """Give the lease: end an expired one on the subject, then insert under the rules."""
+        _sweep(tx, number, subject)
+        which, split, _ = _LISTS[request.kind]
+        token = int(tx.execute(select(func.coalesce(func.max(leases.c.token), 0) + 1)).scalar_one())
+        row = (
+            tx.execute(
+                insert(leases)
+                .values(
+                    token=token,
+                    run_id=f"r{token:05d}",
+                    scope=number,
+                    society=request.society,
+                    holder=request.holder,
+                    subject=subject,
+                    kind=request.kind.value,
+                    variant=fingerprint,
+                    list=which.value,
+                    position=place.position,
+                    seed=place.seed,
+                    split=split.value,
+                    attempt=place.attempt,
+                    claim_id=request.claim_id,
+                    idea=request.idea,
+                    state=_LIVING,
+                    created_at=CLOCK,
+                    expires_at=CLOCK + request.ttl_s,
+                )
+                .returning(*leases.c)
+            )
+            .mappings()
+            .one()
+        )
+        return rows.to_lease(row, request.variant)
+
+    def heartbeat(self, lease: Lease, ttl_s: float) -> Lease:
+        """Prolong a lease to `ttl_s` seconds from now, also when it ran out and nobody took it.
+
+        Raises:
+            LeaseLost: it was taken by somebody else, released or finished.
+        """
+        with self._db.write(visible=False, durable=False) as tx:
+            row = (
+                tx.execute(
+                    update(leases)
+                    .where(leases.c.token == lease.token, leases.c.state == _LIVING)
+                    .values(expires_at=CLOCK + ttl_s)
+                    .returning(*leases.c)
+                )
+                .mappings()
+                .first()
+            )
+        if row is None:
+            raise _lost(lease)
+        return rows.to_lease(row, lease.variant)
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back unused; does nothing when it has ended already."""
+        with self._db.write(durable=False) as tx:
+            tx.execute(_end(LeaseState.RELEASED).where(leases.c.token == lease.token))
+
+    def release_all(self, society: str) -> int:
+        """End every living lease of a society and reopen the hypotheses it had taken.
+
+        For the process that owns the notebook, when it starts after a crash.
+
+        Returns:
+            How many leases were ended.
+        """
+        with self._db.write() as tx:
+            ended = tx.execute(_end(LeaseState.RELEASED).where(leases.c.society == society))
+            tx.execute(
+                update(hypotheses)
+                .where(
+                    hypotheses.c.taken_in == society,
+                    hypotheses.c.state == HypothesisState.TAKEN.value,
+                )
+                .values(state=HypothesisState.OPEN.value, taken_by=None, taken_in=None)
+            )
+            return int(ended.rowcount)
+
+    def leases(self, scope: Scope) -> tuple[Lease, ...]:
+        """Living leases, oldest first."""
+        with self._db.read() as tx:
+            known = self._read_variants(tx)
+            number = scope_number(tx, scope, create=False)
+            living = (
+                select(leases)
+                .where(
+                    leases.c.scope == number, leases.c.state == _LIVING, leases.c.expires_at > CLOCK
+                )
+                .order_by(leases.c.token)
+            )
+            found = tx.execute(living).mappings()
+            return tuple(rows.to_lease(row, known[row["variant"]]) for row in found)
+
+    def finish(
+        self,
+        lease: Lease,
+        measurement: Measurement,
+        environment: Environment,
+        budget: Budget,
+    ) -> Run:
+        """Record the run that a lease became and end the lease, in one transaction.
+
+        A lease that ran out may still be finished while nobody else took the work.
+
+        Raises:
+            LeaseLost: the token is stale, or the lease was finished or released before.
+        """
+        with self._db.write() as tx:
+            row = tx.execute(select(leases).where(leases.c.token == lease.token)).mappings().first()
+            if row is None or not _still(lease, row):
+                raise _lost(lease)
+            values = rows.run_values(row, measurement, environment, budget)
+            tx.execute(insert(runs).values(**values, finished_at=CLOCK))
+        return self.run(lease.run_id)
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        scope: Scope,
+        society: str,
+        agent: str,
+        entries: Sequence[Entry],
+        *,
+        key: str,
+        activity: Activity | None = None,
+    ) -> bool:
+        """Write all entries, in order, in one transaction; all of them or none.
+
+        Args:
+            scope: Task and tier they belong to.
+            society: Society they are posted in.
+            agent: Who posts them.
+            entries: What to write.
+            key: Idempotency key. A key that was committed before writes nothing.
+            activity: A line for the agents' timeline.
+
+        Returns:
+            Whether anything was written; False for a known key.
+        """
+        with self._db.write() as tx:
+            if tx.execute(select(commits.c.key).where(commits.c.key == key)).first() is not None:
+                return False
+            tx.execute(insert(commits).values(key=key, society=society, agent=agent, at=CLOCK))
+            number = scope_number(tx, scope, create=True)
+            assert number is not None
+            by = Author(number, society, agent)
+            for entry in entries:
+                write(tx, by, entry)
+            if activity is not None:
+                tx.execute(insert(activities).values(society=society, **asdict(activity)))
+        return True
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def run(self, id: str) -> Run:
+        """One finished run.
+
+        Raises:
+            InvariantViolated: no run of this id has finished.
+        """
+        with self._db.read() as tx:
+            known = self._read_variants(tx)
+            row = tx.execute(select(runs).where(runs.c.id == id)).mappings().first()
+        if row is None:
+            raise InvariantViolated(f"No finished run {id!r} in {self.path}.")
+        return rows.to_run(row, known)
+
+    def runs(
+        self,
+        scope: Scope | None = None,
+        *,
+        kinds: Collection[RunKind] | None = None,
+        variant: Variant | None = None,
+        split: Split | None = None,
+        society: str | None = None,
+    ) -> tuple[Run, ...]:
+        """Finished runs in order of finishing; None means any."""
+        with self._db.read() as tx:
+            number = None if scope is None else scope_number(tx, scope, create=False)
+            log = self._read_runs(tx)
+        wanted = None if variant is None else variant.fingerprint
+        return tuple(
+            run
+            for place, fingerprint, run in log
+            if (scope is None or place == number)
+            and (kinds is None or run.kind in kinds)
+            and (wanted is None or fingerprint == wanted)
+            and (split is None or run.split is split)
+            and (society is None or run.society == society)
+        )
+
+    def pool(self, scope: Scope, variant: Variant) -> dict[int, float | None]:
+        """A variant's holdout results: verification seed -> score, in the order of the list.
+
+        None stands for a run that diverged, timed out, was rejected or crashed twice. A seed
+        whose first run crashed is absent until it was repeated.
+        """
+        query = (
+            select(seeds.c.seed, runs.c.score)
+            .join(runs, and_(runs.c.scope == seeds.c.scope, runs.c.seed == seeds.c.seed))
+            .join(scopes, scopes.c.number == seeds.c.scope)
+            .where(
+                scopes.c.task == scope.task,
+                scopes.c.tier == scope.tier,
+                seeds.c.list == SeedList.VERIFICATION.value,
+                runs.c.variant == variant.fingerprint,
+                runs.c.kind.in_([kind.value for kind in POOL_KINDS]),
+                _counts(),
+            )
+            .order_by(seeds.c.position)
+        )
+        with self._db.read() as tx:
+            return {seed: score for seed, score in tx.execute(query)}
+
+    def claim(self, id: str) -> Claim:
+        """One claim with its latest verdict.
+
+        Raises:
+            InvariantViolated: there is no such claim.
+        """
+        found = self._claims(select(claims).where(claims.c.id == id))
+        if not found:
+            raise InvariantViolated(f"No claim {id!r} in {self.path}.")
+        return found[0]
+
+    def claims(self, scope: Scope | None = None, *, open_only: bool = False) -> tuple[Claim, ...]:
+        """Claims in order of filing, each with its latest verdict."""
+        query = select(claims).order_by(claims.c.number)
+        if scope is not None:
+            query = query.where(claims.c.scope == _scope_of(scope))
+        if open_only:
+            query = query.where(~exists().where(verdicts.c.claim_id == claims.c.id))
+        return self._claims(query)
+
+    def _claims(self, query: Select[Any]) -> tuple[Claim, ...]:
+        with self._db.read() as tx:
+            known = self._read_variants(tx)
+            latest = self._read_verdicts(tx)
+            found = tx.execute(query).mappings().all()
+        return tuple(rows.to_claim(row, known, latest.get(row["id"])) for row in found)
+
+    def champions(self, scope: Scope) -> tuple[Champion, ...]:
+        """The champion history, the baseline first."""
+        query = select(champions).where(champions.c.scope == _scope_of(scope))
+        with self._db.read() as tx:
+            known = self._read_variants(tx)
+            found = tx.execute(query.order_by(champions.c.number)).mappings()
+            return tuple(rows.to_champion(row, known) for row in found)
+
+    def champion(self, scope: Scope) -> Champion | None:
+        """The present champion; None before the baseline was crowned."""
+        history = self.champions(scope)
+        return history[-1] if history else None
+
+    def insights(
+        self, scope: Scope | None = None, *, society: str | None = None
+    ) -> tuple[Insight, ...]:
+        """Insights in order of posting."""
+        query = select(insights).order_by(insights.c.number)
+        if scope is not None:
+            query = query.where(insights.c.scope == _scope_of(scope))
+        if society is not None:
+            query = query.where(insights.c.society == society)
+        with self._db.read() as tx:
+            return tuple(rows.to_insight(row) for row in tx.execute(query).mappings())
+
+    def hypotheses(
+        self,
+        scope: Scope | None = None,
+        *,
+        state: HypothesisState | None = None,
+        society: str | None = None,
+    ) -> tuple[Hypothesis, ...]:
+        """Hypotheses in order of posting."""
+        query = select(hypotheses).order_by(hypotheses.c.number)
+        if scope is not None:
+            query = query.where(hypotheses.c.scope == _scope_of(scope))
+        if state is not None:
+            query = query.where(hypotheses.c.state == state.value)
+        if society is not None:
+            query = query.where(hypotheses.c.society == society)
+        with self._db.read() as tx:
+            known = self._read_variants(tx)
+            return tuple(rows.to_hypothesis(row, known) for row in tx.execute(query).mappings())
+
+    def noise(self, scope: Scope) -> Noise | None:
+        """The latest noise floor; None before one was measured."""
+        history = self.noise_history(scope)
+        return history[-1] if history else None
+
+    def noise_history(self, scope: Scope | None = None) -> tuple[Noise, ...]:
+        """Noise floors in order of measuring."""
+        query = (
+            select(noise, scopes.c.task, scopes.c.tier)
+            .join(scopes, scopes.c.number == noise.c.scope)
+            .order_by(noise.c.number)
+        )
+        if scope is not None:
+            query = query.where(scopes.c.task == scope.task, scopes.c.tier == scope.tier)
+        with self._db.read() as tx:
+            return tuple(rows.to_noise(row) for row in tx.execute(query).mappings())
+
+    def activities(
+        self, society: str | None = None, *, limit: int | None = None
+    ) -> tuple[Activity, ...]:
+        """Who did what, in order of recording; with `limit`, the latest so many."""
+        query = select(activities).order_by(activities.c.number.desc()).limit(limit)
+        if society is not None:
+            query = query.where(activities.c.society == society)
+        with self._db.read() as tx:
+            found = tx.execute(query).mappings().all()
+        return tuple(rows.to_activity(row) for row in reversed(found))
+
+    def scopes(self) -> tuple[Scope, ...]:
+        """All scopes that were worked in, oldest first."""
+        query = select(scopes.c.task, scopes.c.tier).order_by(scopes.c.number)
+        with self._db.read() as tx:
+            return tuple(Scope(task, tier) for task, tier in tx.execute(query))
+
+    def counts(self, scope: Scope) -> Counts:
+        """How much there is, for a status page."""
+        closed = {claim.id: claim.verdict for claim in self.claims(scope)}
+        decisions = [verdict.decision for verdict in closed.values() if verdict is not None]
+        finished = self.runs(scope)
+        states = [hypothesis.state for hypothesis in self.hypotheses(scope)]
+        return Counts(
+            runs=_tally(RunKind, (run.kind for run in finished)),
+            outcomes=_tally(Outcome, (run.outcome for run in finished)),
+            claims_open=len(closed) - len(decisions),
+            verdicts=_tally(Decision, decisions),
+            champions=len(self.champions(scope)),
+            insights=len(self.insights(scope)),
+            hypotheses=_tally(HypothesisState, states),
+            leases=len(self.leases(scope)),
+            wall_s=sum(run.cost.wall_s for run in finished),
+            flops=sum(run.cost.flops for run in finished),
+        )
+
+    # --- what the semantic index reads ---------------------------------------------------------
+
+    def posted(self, after: int, limit: int) -> tuple[Posted, ...]:
+        """The next lines of the outbox after a sequence number."""
+        query = select(outbox).where(outbox.c.seq > after).order_by(outbox.c.seq).limit(limit)
+        with self._db.read() as tx:
+            return tuple(Posted(seq, kind, ref) for seq, kind, ref in tx.execute(query))
+
+    def cursor(self, name: str) -> int:
+        """How far a reader of the outbox has come; 0 for a new one."""
+        with self._db.read() as tx:
+            value = tx.execute(select(counters.c.value).where(counters.c.name == name)).scalar()
+        return int(value or 0)
+
+    def set_cursor(self, name: str, seq: int) -> None:
+        """Remember how far a reader of the outbox has come."""
+        with self._db.write(visible=False, durable=False) as tx:
+            tx.exec_driver_sql(
+                "INSERT INTO counters (name, value) VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (name, seq),
+            )
+
+    # --- what is read once and kept: rows that never change -------------------------------------
+
+    def _read_variants(self, tx: Connection) -> rows.Variants:
+        rowid: Any = literal_column("variants.rowid")
+        query = select(rowid.label("place"), variants).where(rowid > self._variants_read)
+        with self._lock:
+            for row in tx.execute(query.order_by(rowid)).mappings():
+                self._variants[row["fingerprint"]] = rows.to_variant(row)
+                self._variants_read = row["place"]
+        return self._variants
+
+    def _read_runs(self, tx: Connection) -> list[tuple[int, str, Run]]:
+        known = self._read_variants(tx)
+        with self._lock:
+            last = self._runs[-1][-1].number if self._runs else 0
+            new = tx.execute(select(runs).where(runs.c.number > last).order_by(runs.c.number))
+            self._runs.extend(
+                (row["scope"], row["variant"], rows.to_run(row, known)) for row in new.mappings()
+            )
+            return list(self._runs)
+
+    def _read_verdicts(self, tx: Connection) -> dict[str, Verdict]:
+        """Latest verdict by claim."""
+        new = select(verdicts).where(verdicts.c.number > self._verdicts_read)
+        with self._lock:
+            for row in tx.execute(new.order_by(verdicts.c.number)).mappings().all():
+                cited = (
+                    select(verdict_runs.c.run_id)
+                    .where(verdict_runs.c.verdict == row["number"])
+                    .order_by(verdict_runs.c.place)
+                )
+                verdict = rows.to_verdict(row, tuple(tx.execute(cited).scalars()))
+                self._verdicts[verdict.claim_id] = verdict
+                self._verdicts_read = row["number"]
+            return dict(self._verdicts)
+
+
+def _hash(secret: bytes, what: list[object]) -> int:
+    """31 bits of HMAC-SHA256."""
+    digest = hmac.new(secret, json.dumps(what).encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+
+
+def _scope_of(scope: Scope) -> Any:
+    return (
+        select(scopes.c.number)
+        .where(scopes.c.task == scope.task, scopes.c.tier == scope.tier)
+        .scalar_subquery()
+    )
+
+
+def _counts() -> Any:
+    """SQL: a run is a result, not a first crash."""
+    return or_(runs.c.outcome != Outcome.CRASHED.value, runs.c.attempt == 2)
+
+
+def _free_seeds(kind: RunKind, number: int, fingerprint: str) -> Select[Any]:
+    """SQL: the first drawn seed without a result or a living lease, and its crashes so far."""
+    which, _, sharing = _LISTS[kind]
+    here = and_(
+        runs.c.scope == number,
+        runs.c.variant == fingerprint,
+        runs.c.kind.in_([one.value for one in sharing]),
+        runs.c.seed == seeds.c.seed,
+    )
+    subject: Any = literal_column(f"'{fingerprint}:{which.value}:' || seeds.position")
+    held = exists().where(
+        leases.c.scope == number,
+        leases.c.subject == subject,
+        leases.c.state == literal_column(f"'{_LIVING}'"),
+        leases.c.expires_at > CLOCK,
+    )
+    crashes = select(func.count()).select_from(runs).where(here).scalar_subquery()
+    return (
+        select(seeds.c.position, seeds.c.seed, crashes.label("crashes"))
+        .where(
+            seeds.c.scope == number,
+            seeds.c.list == which.value,
+            ~exists().where(here, _counts()),
+            ~held,
+        )
+        .order_by(seeds.c.position)
+        .limit(1)
+    )
+
+
+def _sweep(tx: Connection, number: int, subject: str) -> None:
+    """End an expired lease on a subject, or say who holds it.
+
+    Raises:
+        AlreadyLeased: the lease is living.
+    """
+    same = and_(leases.c.scope == number, leases.c.subject == subject)
+    tx.execute(_end(LeaseState.EXPIRED).where(same, leases.c.expires_at <= CLOCK))
+    held: RowMapping | None = (
+        tx.execute(select(leases).where(same, leases.c.state == _LIVING)).mappings().first()
+    )
+    if held is not None:
+        raise AlreadyLeased(
+            f"{held['holder']} holds the lease on this ({held['kind']} run {held['run_id']}) "
+            f"until {held['expires_at']:.0f}. Do something else, or wait."
+        )
+
+
+def _end(state: LeaseState) -> Any:
+    return update(leases).where(leases.c.state == _LIVING).values(state=state.value, ended_at=CLOCK)
+
+
+def _still(lease: Lease, row: RowMapping) -> bool:
+    """Whether a stored lease is living and the very one its holder was given.
+
+    After a power cut that took a lease with it, its token may name other work.
+    """
+    given = (lease.run_id, lease.holder, lease.subject, lease.kind.value, lease.seed)
+    stored = tuple(row[name] for name in ("run_id", "holder", "subject", "kind", "seed"))
+    return bool(row["state"] == _LIVING) and given == stored
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(
+        f"The lease on run {lease.run_id} (token {lease.token}, {lease.holder}) has ended: it was "
+        "finished or released before, or it expired and somebody else took the work."
+    )
+
+
+def _tally(known: type[_Enum], seen: Iterable[_Enum]) -> Mapping[_Enum, int]:
+    """How often each member of an enumeration was seen, zeros included."""
+    found = Counter(seen)
+    return {member: found[member] for member in known}

@@ -1,0 +1,238 @@
+"""Between rows of the ledger and the frozen records of `society.records`; no SQL in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from society.records import (
+    Activity,
+    Budget,
+    BudgetKind,
+    Champion,
+    Claim,
+    Cost,
+    Decision,
+    Effect,
+    Environment,
+    Hypothesis,
+    HypothesisState,
+    Insight,
+    Lease,
+    Measurement,
+    Noise,
+    Outcome,
+    Run,
+    RunKind,
+    SocietyRecord,
+    SocietyState,
+    Split,
+    Variant,
+    Verdict,
+)
+
+Variants = Mapping[str, Variant]
+"""Variants by fingerprint."""
+
+
+def dump(record: object) -> str:
+    """A frozen record of scalars as JSON."""
+    return json.dumps(dataclasses.asdict(record))  # type: ignore[call-overload]
+
+
+def variant_values(variant: Variant) -> dict[str, Any]:
+    """The row of a variant."""
+    return {
+        "fingerprint": variant.fingerprint,
+        "task": variant.task,
+        "overrides": json.dumps(dict(sorted(variant.overrides.items()))),
+        "patch": variant.patch,
+    }
+
+
+def to_variant(row: RowMapping) -> Variant:
+    """A variant from its row."""
+    overrides = MappingProxyType(json.loads(row["overrides"]))
+    return Variant(row["task"], overrides, row["patch"])
+
+
+@lru_cache(maxsize=256)
+def _environment(text: str) -> Environment:
+    return Environment(**json.loads(text))
+
+
+def environment_text(environment: Environment) -> str:
+    """An environment as JSON; the same text for the same environment."""
+    values = {
+        field.name: getattr(environment, field.name) for field in dataclasses.fields(environment)
+    }
+    values["packages"] = dict(sorted(environment.packages.items()))
+    return json.dumps(values)
+
+
+def run_values(
+    lease: RowMapping, measurement: Measurement, environment: Environment, budget: Budget
+) -> dict[str, Any]:
+    """The row of the run that ends a lease, but for the time it ended."""
+    kept = ("token", "scope", "society", "kind", "variant", "seed", "split", "attempt", "claim_id")
+    return {name: lease[name] for name in kept} | {
+        "id": lease["run_id"],
+        "agent": lease["holder"],
+        "idea": lease["idea"],
+        "started_at": lease["created_at"],
+        "budget_kind": budget.kind.value,
+        "budget_amount": budget.amount,
+        "outcome": measurement.outcome.value,
+        "score": measurement.score,
+        "cost": dump(measurement.cost),
+        "environment": environment_text(environment),
+        "data_hash": measurement.data_hash,
+        "log_tail": measurement.log_tail,
+        "curve": json.dumps(measurement.curve),
+    }
+
+
+def to_run(row: RowMapping, variants: Variants) -> Run:
+    """A run from its row."""
+    return Run(
+        id=row["id"],
+        society=row["society"],
+        agent=row["agent"],
+        kind=RunKind(row["kind"]),
+        variant=variants[row["variant"]],
+        seed=row["seed"],
+        split=Split(row["split"]),
+        budget=Budget(BudgetKind(row["budget_kind"]), row["budget_amount"]),
+        outcome=Outcome(row["outcome"]),
+        score=row["score"],
+        cost=Cost(**json.loads(row["cost"])),
+        environment=_environment(row["environment"]),
+        data_hash=row["data_hash"],
+        log_tail=row["log_tail"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        claim_id=row["claim_id"],
+        idea=row["idea"],
+        number=row["number"],
+        curve=tuple(json.loads(row["curve"])),
+    )
+
+
+def to_lease(row: RowMapping, variant: Variant) -> Lease:
+    """A lease from its row."""
+    return Lease(
+        run_id=row["run_id"],
+        subject=row["subject"],
+        holder=row["holder"],
+        token=row["token"],
+        expires_at=row["expires_at"],
+        kind=RunKind(row["kind"]),
+        variant=variant,
+        seed=row["seed"],
+        split=Split(row["split"]),
+        claim_id=row["claim_id"],
+    )
+
+
+def to_verdict(row: RowMapping, runs: tuple[str, ...]) -> Verdict:
+    """A verdict from its row and the runs it cites."""
+    effect = row["effect"]
+    return Verdict(
+        claim_id=row["claim_id"],
+        decision=Decision(row["decision"]),
+        log_e=row["log_e"],
+        effect=None if effect is None else Effect(**json.loads(effect)),
+        reason=row["reason"],
+        runs=runs,
+        judge=row["judge"],
+        decided_at=row["decided_at"],
+    )
+
+
+def to_claim(row: RowMapping, variants: Variants, verdict: Verdict | None) -> Claim:
+    """A claim from its row and its latest verdict."""
+    return Claim(
+        id=row["id"],
+        society=row["society"],
+        author=row["author"],
+        variant=variants[row["variant"]],
+        reference=variants[row["reference"]],
+        screening_run=row["screening_run"],
+        screening_delta=row["screening_delta"],
+        family=row["family"],
+        alpha=row["alpha"],
+        carried_log_e=row["carried_log_e"],
+        filed_at=row["filed_at"],
+        verdict=verdict,
+    )
+
+
+def to_champion(row: RowMapping, variants: Variants) -> Champion:
+    """A champion from its row."""
+    return Champion(
+        number=row["number"],
+        variant=variants[row["variant"]],
+        claim_id=row["claim_id"],
+        since=row["since"],
+        screening_run=row["screening_run"],
+        reverts=bool(row["reverts"]),
+    )
+
+
+def to_insight(row: RowMapping) -> Insight:
+    """An insight from its row."""
+    return Insight(
+        id=row["id"],
+        society=row["society"],
+        author=row["author"],
+        text=row["text"],
+        evidence=tuple(json.loads(row["evidence"])),
+        posted_at=row["posted_at"],
+    )
+
+
+def to_hypothesis(row: RowMapping, variants: Variants) -> Hypothesis:
+    """A hypothesis from its row."""
+    return Hypothesis(
+        id=row["id"],
+        society=row["society"],
+        author=row["author"],
+        statement=row["statement"],
+        rationale=row["rationale"],
+        variant=variants[row["variant"]],
+        priority=row["priority"],
+        state=HypothesisState(row["state"]),
+        run_id=row["run_id"],
+        posted_at=row["posted_at"],
+    )
+
+
+def to_noise(row: RowMapping) -> Noise:
+    """A noise floor from its row joined with its scope."""
+    return Noise(row["task"], row["tier"], row["sd"], row["low"], row["high"], row["seeds"])
+
+
+def to_activity(row: RowMapping) -> Activity:
+    """An activity from its row."""
+    names = [field.name for field in dataclasses.fields(Activity)]
+    return Activity(**{name: row[name] for name in names})
+
+
+def to_society(row: RowMapping) -> SocietyRecord:
+    """A society from its row."""
+    return SocietyRecord(
+        id=row["id"],
+        seed=row["seed"],
+        settings=json.loads(row["settings"]),
+        state=SocietyState(row["state"]),
+        started_at=row["started_at"],
+        ended_at=row["ended_at"],
+        busy=row["busy"],
+        wall_s=row["wall_s"],
+    )

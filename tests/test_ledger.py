@@ -1,0 +1,1031 @@
+"""The ledger: its API, its rules against raw SQL, races between processes, and kill -9."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from society.errors import (
+    AlreadyLeased,
+    AlreadyRun,
+    ClaimClosed,
+    InvariantViolated,
+    LeaseLost,
+    NotANotebook,
+    NotebookDamaged,
+    NotebookInUse,
+    NotIndependent,
+)
+from society.memory.folder import NotebookFolder
+from society.memory.ledger import Ledger
+from society.records import (
+    Activity,
+    Budget,
+    BudgetKind,
+    Cost,
+    Crown,
+    Decision,
+    Effect,
+    Environment,
+    HypothesisState,
+    HypothesisTaken,
+    HypothesisTested,
+    Measurement,
+    NewClaim,
+    NewHypothesis,
+    NewInsight,
+    Noise,
+    Outcome,
+    RunKind,
+    Scope,
+    SeedList,
+    SocietyState,
+    Split,
+    Variant,
+    Verdict,
+)
+
+SCOPE = Scope("toy/cpu", "cpu-A")
+ENVIRONMENT = Environment("cpu", "A", 1, "3.11", {"torch": "2"})
+BUDGET = Budget(BudgetKind.STEPS, 10)
+BASELINE = Variant("toy/cpu")
+VARIANT = Variant("toy/cpu", {"lr": 0.04})
+
+
+def measured(score=1.0, outcome=Outcome.COMPLETED):
+    score = score if outcome is Outcome.COMPLETED else None
+    return Measurement(outcome, score, Cost(wall_s=2.0, flops=1e9), curve=(3.0, 2.0))
+
+
+class Lab:
+    """A ledger with one society and short ways to fill it."""
+
+    def __init__(self, path):
+        self.ledger = Ledger.open(path, secret_seed=7)
+        self.society = self.ledger.start_society(1, {"agents": 2}).id
+        self._keys = itertools.count()
+
+    def screen(self, variant, agent="ada", score=1.0, outcome=Outcome.COMPLETED):
+        lease = self.ledger.lease_screening(
+            SCOPE, self.society, holder=agent, variant=variant, ttl_s=60
+        )
+        return self.finish(lease, score, outcome)
+
+    def next_seed(self, variant, agent="ben", kind=RunKind.CALIBRATION, claim_id=None, ttl_s=60):
+        return self.ledger.lease_next_seed(
+            SCOPE, self.society, holder=agent, variant=variant, kind=kind, claim_id=claim_id,
+            ttl_s=ttl_s,
+        )  # fmt: skip
+
+    def verify(self, claim_id, variant=VARIANT, agent="ben"):
+        return self.next_seed(variant, agent, RunKind.VERIFICATION, claim_id)
+
+    def finish(self, lease, score=1.0, outcome=Outcome.COMPLETED):
+        return self.ledger.finish(lease, measured(score, outcome), ENVIRONMENT, BUDGET)
+
+    def commit(self, *entries, agent="ada", key=None):
+        key = key or f"key-{next(self._keys)}"
+        return self.ledger.commit(SCOPE, self.society, agent, entries, key=key, activity=None)
+
+    def claim(self, variant=VARIANT, reference=BASELINE):
+        """A claim on a variant (screened if need be) against a reference."""
+        known = self.ledger.runs(kinds=[RunKind.SCREENING], variant=variant)
+        run = known[0] if known else self.screen(variant)
+        self.commit(NewClaim(run.id, reference, 0.01, 1, 0.05, 0.0))
+        return self.ledger.claims()[-1]
+
+    def raw(self, sql, *values):
+        """Around the Python API."""
+        with contextlib.closing(sqlite3.connect(self.ledger.path)) as connection, connection:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute(sql, values)
+
+    def expire(self, lease):
+        self.raw("UPDATE leases SET expires_at = 0 WHERE token = ?", lease.token)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    lab = Lab(tmp_path / "ledger.sqlite")
+    yield lab
+    lab.ledger.close()
+
+
+def verdict(claim_id, *runs, decision=Decision.ACCEPTED):
+    effect = Effect(0.01, 0.009, 0.001, 0.02, 4)
+    return Verdict(claim_id, decision, 3.5, effect, "because", tuple(runs), "cyd")
+
+
+def accepted(lab, variant=VARIANT, reference=BASELINE):
+    """A claim that was accepted on four verifications and crowned."""
+    if lab.ledger.champion(SCOPE) is None:
+        lab.commit(Crown(BASELINE, None, lab.screen(BASELINE).id))
+    claim = lab.claim(variant, reference)
+    runs = [lab.finish(lab.verify(claim.id, variant)).id for _ in range(4)]
+    lab.commit(verdict(claim.id, *runs), Crown(variant, claim.id, claim.screening_run))
+    return lab.ledger.claim(claim.id)
+
+
+# --- societies, seeds, versions ------------------------------------------------------------------
+
+
+def test_societies_are_recorded(lab):
+    record = lab.ledger.society(lab.society)
+    assert (record.seed, record.settings, record.state) == (1, {"agents": 2}, SocietyState.RUNNING)
+    lab.ledger.set_society_state(lab.society, SocietyState.FINISHED, busy=0.9, wall_s=12.0)
+    record = lab.ledger.society(lab.society)
+    assert (record.state, record.busy, record.wall_s) == (SocietyState.FINISHED, 0.9, 12.0)
+    assert record.ended_at >= record.started_at
+    lab.ledger.set_society_state(lab.society, SocietyState.RUNNING)
+    assert lab.ledger.society(lab.society).ended_at is None
+    assert lab.ledger.start_society(2, {}).id != lab.society
+    assert len(lab.ledger.societies()) == 2
+    with pytest.raises(InvariantViolated, match="nobody"):
+        lab.ledger.society("nobody")
+
+
+def test_the_clock_is_the_time(lab):
+    assert abs(lab.ledger.now() - time.time()) < 1
+
+
+def test_seeds_are_drawn_once_and_kept(tmp_path):
+    drawn = {}
+    for name, secret in (("a", 1), ("b", 1), ("c", 2), ("d", None)):
+        with Ledger.open(tmp_path / name, secret_seed=secret) as ledger:
+            lists = {
+                (which, scope): ledger.seeds(which, scope, 60)
+                for which in SeedList
+                for scope in (SCOPE, Scope("toy/cpu", "cpu-B"))
+            }
+            assert ledger.seeds(SeedList.AUDIT, SCOPE, 50) == lists[SeedList.AUDIT, SCOPE][:50]
+        drawn[name] = lists
+        for scope in (SCOPE, Scope("toy/cpu", "cpu-B")):
+            seeds = [seed for which in SeedList for seed in lists[which, scope]]
+            assert len(set(seeds)) == len(seeds) == 180
+            assert all(0 <= seed < 2**31 for seed in seeds)
+    assert drawn["a"] == drawn["b"]
+    everything = [set(itertools.chain(*lists.values())) for lists in drawn.values()]
+    assert len(everything[0] & everything[2]) == len(everything[0] & everything[3]) == 0
+
+
+def test_the_seeds_survive_reopening_with_another_secret(tmp_path):
+    with Ledger.open(tmp_path / "l", secret_seed=1) as ledger:
+        first = ledger.seeds(SeedList.VERIFICATION, SCOPE, 3)
+    with Ledger.open(tmp_path / "l", secret_seed=2) as ledger:
+        assert ledger.seeds(SeedList.VERIFICATION, SCOPE, 5)[:3] == first
+
+
+def test_the_version_grows_with_each_write(lab):
+    versions = [lab.ledger.version()]
+    lease = lab.ledger.lease_screening(SCOPE, lab.society, holder="a", variant=VARIANT, ttl_s=60)
+    versions.append(lab.ledger.version())
+    lab.ledger.heartbeat(lease, 60)
+    assert lab.ledger.version() == versions[-1]
+    lab.finish(lease)
+    versions.append(lab.ledger.version())
+    lab.commit(NewInsight("x", ()))
+    versions.append(lab.ledger.version())
+    assert versions == sorted(set(versions))
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def test_a_lease_becomes_a_run(lab):
+    lease = lab.ledger.lease_screening(
+        SCOPE, lab.society, holder="ada", variant=VARIANT, ttl_s=60, idea="warmer"
+    )
+    assert lease.seed == lab.ledger.seeds(SeedList.SCREENING, SCOPE, 1)[0]
+    assert lease.subject == VARIANT.fingerprint
+    assert lab.ledger.leases(SCOPE) == (lease,)
+    run = lab.finish(lease, 0.75)
+    assert run == lab.ledger.run(lease.run_id) == lab.ledger.runs()[0]
+    assert (run.id, run.agent, run.idea, run.number) == ("r00001", "ada", "warmer", 1)
+    assert (run.score, run.curve, run.split) == (0.75, (3.0, 2.0), Split.VALIDATION)
+    assert (run.variant, run.environment, run.budget) == (VARIANT, ENVIRONMENT, BUDGET)
+    assert run.variant.fingerprint == VARIANT.fingerprint
+    assert run.started_at <= run.finished_at
+    assert lab.ledger.leases(SCOPE) == ()
+
+
+def test_one_living_lease_per_fingerprint(lab):
+    lease = lab.ledger.lease_screening(SCOPE, lab.society, holder="a", variant=VARIANT, ttl_s=60)
+    with pytest.raises(AlreadyLeased, match="a holds"):
+        lab.ledger.lease_screening(SCOPE, lab.society, holder="b", variant=VARIANT, ttl_s=60)
+    lab.ledger.release(lease)
+    lab.ledger.release(lease)
+    again = lab.ledger.lease_screening(SCOPE, lab.society, holder="b", variant=VARIANT, ttl_s=60)
+    assert again.token > lease.token
+    assert again.run_id != lease.run_id
+    with pytest.raises(LeaseLost):
+        lab.finish(lease)
+    with pytest.raises(LeaseLost):
+        lab.ledger.heartbeat(lease, 60)
+
+
+def test_a_screened_variant_is_not_leased_again(lab):
+    run = lab.screen(VARIANT, outcome=Outcome.DIVERGED)
+    with pytest.raises(AlreadyRun) as caught:
+        lab.screen(VARIANT)
+    assert caught.value.run_id == run.id
+    other = Scope("toy/cpu", "cpu-B")
+    lab.ledger.lease_screening(other, lab.society, holder="a", variant=VARIANT, ttl_s=60)
+
+
+def test_an_expired_lease_goes_to_the_next_one_who_asks(lab):
+    lease = lab.ledger.lease_screening(SCOPE, lab.society, holder="a", variant=VARIANT, ttl_s=0.05)
+    time.sleep(0.1)
+    assert lab.ledger.leases(SCOPE) == ()
+    taken = lab.ledger.lease_screening(SCOPE, lab.society, holder="b", variant=VARIANT, ttl_s=60)
+    with pytest.raises(LeaseLost, match="somebody else took"):
+        lab.finish(lease)
+    lab.finish(taken)
+    with pytest.raises(LeaseLost):
+        lab.finish(taken)
+
+
+def test_an_expired_lease_that_nobody_took_may_be_finished_or_prolonged(lab):
+    lease = lab.ledger.lease_screening(SCOPE, lab.society, holder="a", variant=VARIANT, ttl_s=60)
+    lab.expire(lease)
+    prolonged = lab.ledger.heartbeat(lease, 60)
+    assert prolonged.expires_at > lab.ledger.now()
+    lab.expire(lease)
+    assert lab.finish(prolonged).id == lease.run_id
+
+
+def test_a_token_that_names_other_work_finishes_nothing(lab):
+    lease = lab.next_seed(VARIANT)
+    with pytest.raises(LeaseLost):
+        lab.finish(dataclasses.replace(lease, subject="other"))
+    with pytest.raises(LeaseLost):
+        lab.finish(dataclasses.replace(lease, holder="eve"))
+    lab.finish(lease)
+
+
+def test_release_all_ends_the_leases_of_one_society(lab):
+    other = lab.ledger.start_society(2, {}).id
+    mine = lab.ledger.lease_screening(SCOPE, lab.society, holder="a", variant=VARIANT, ttl_s=60)
+    kept = lab.ledger.lease_screening(SCOPE, other, holder="a", variant=BASELINE, ttl_s=60)
+    lab.commit(NewHypothesis("s", "r", VARIANT, 1.0))
+    lab.commit(HypothesisTaken("h0001"))
+    assert lab.ledger.release_all(lab.society) == 1
+    assert lab.ledger.leases(SCOPE) == (kept,)
+    assert lab.ledger.hypotheses()[0].state is HypothesisState.OPEN
+    with pytest.raises(LeaseLost):
+        lab.finish(mine)
+
+
+def test_verification_seeds_are_taken_in_order_and_crashes_repeated_once(lab):
+    seeds = lab.ledger.seeds(SeedList.VERIFICATION, SCOPE, 5)
+    first, second = lab.next_seed(VARIANT), lab.next_seed(VARIANT, "cyd")
+    assert (first.seed, second.seed) == seeds[:2]
+    lab.finish(first, outcome=Outcome.CRASHED)
+    assert lab.ledger.pool(SCOPE, VARIANT) == {}
+    repeat = lab.next_seed(VARIANT)
+    assert repeat.seed == seeds[0]
+    lab.finish(second, 0.5)
+    lab.finish(repeat, outcome=Outcome.CRASHED)
+    third = lab.next_seed(VARIANT)
+    lab.finish(third, outcome=Outcome.DIVERGED)
+    assert lab.next_seed(VARIANT).seed == seeds[3]
+    pool = lab.ledger.pool(SCOPE, VARIANT)
+    assert list(pool.items()) == [(seeds[0], None), (seeds[1], 0.5), (seeds[2], None)]
+    assert lab.next_seed(BASELINE).seed == seeds[0]
+
+
+def test_a_crash_then_a_success_counts_once(lab):
+    lab.finish(lab.next_seed(VARIANT), outcome=Outcome.CRASHED)
+    lab.finish(lab.next_seed(VARIANT), 0.25)
+    assert list(lab.ledger.pool(SCOPE, VARIANT).values()) == [0.25]
+
+
+def test_an_expired_verification_seed_is_taken_again(lab):
+    lease = lab.next_seed(VARIANT)
+    lab.expire(lease)
+    again = lab.next_seed(VARIANT, "cyd")
+    assert again.seed == lease.seed
+    with pytest.raises(LeaseLost):
+        lab.finish(lease)
+
+
+def test_audits_have_their_own_seeds(lab):
+    audit = lab.ledger.lease_audit(SCOPE, lab.society, holder="a", variant=VARIANT, ttl_s=60)
+    assert audit.seed == lab.ledger.seeds(SeedList.AUDIT, SCOPE, 1)[0]
+    assert audit.split is Split.HOLDOUT
+    lab.finish(audit)
+    assert lab.ledger.pool(SCOPE, VARIANT) == {}
+
+
+def test_a_reproduction_repeats_the_screening_run_by_somebody_else(lab):
+    claim = lab.claim()
+    lease = lab.ledger.lease_reproduction(
+        SCOPE, lab.society, holder="ben", claim_id=claim.id, ttl_s=60
+    )
+    screened = lab.ledger.run(claim.screening_run)
+    assert (lease.seed, lease.split) == (screened.seed, screened.split)
+    with pytest.raises(AlreadyLeased):
+        lab.ledger.lease_reproduction(SCOPE, lab.society, holder="cyd", claim_id=claim.id, ttl_s=60)
+    lab.finish(lease, outcome=Outcome.CRASHED)
+    again = lab.ledger.lease_reproduction(
+        SCOPE, lab.society, holder="cyd", claim_id=claim.id, ttl_s=60
+    )
+    run = lab.finish(again)
+    with pytest.raises(AlreadyRun) as caught:
+        lab.ledger.lease_reproduction(SCOPE, lab.society, holder="ben", claim_id=claim.id, ttl_s=60)
+    assert caught.value.run_id == run.id
+
+
+def test_authors_do_not_make_their_own_evidence(lab):
+    claim = lab.claim()
+    with pytest.raises(NotIndependent):
+        lab.verify(claim.id, agent="ada")
+    with pytest.raises(NotIndependent):
+        lab.next_seed(VARIANT, "ada")
+    with pytest.raises(NotIndependent):
+        lab.ledger.lease_reproduction(SCOPE, lab.society, holder="ada", claim_id=claim.id, ttl_s=60)
+    lab.next_seed(BASELINE, "ada")
+
+
+def test_closed_claims_are_not_verified(lab):
+    claim = lab.claim()
+    lab.commit(verdict(claim.id, decision=Decision.REJECTED))
+    with pytest.raises(ClaimClosed):
+        lab.verify(claim.id)
+
+
+def test_a_verification_is_of_the_claims_variant(lab):
+    claim = lab.claim()
+    with pytest.raises(InvariantViolated, match="no such claim"):
+        lab.verify(claim.id, variant=BASELINE)
+    with pytest.raises(InvariantViolated, match="claim"):
+        lab.next_seed(VARIANT, kind=RunKind.VERIFICATION)
+    with pytest.raises(InvariantViolated, match="audit"):
+        lab.next_seed(VARIANT, kind=RunKind.AUDIT)
+
+
+# --- commits -------------------------------------------------------------------------------------
+
+
+def test_a_commit_is_one_transaction_and_happens_once(lab):
+    run = lab.screen(BASELINE)
+    good, bad = NewInsight("text", (run.id,)), NewClaim("r99999", BASELINE, 0.1, 1, 0.05, 0.0)
+    with pytest.raises(InvariantViolated, match="r99999"):
+        lab.commit(good, bad, key="k")
+    assert lab.ledger.insights() == ()
+    activity = Activity("ada", "meta", "digest", "all", 1.0, 2.0, "done")
+    for expected in (True, False):
+        done = lab.ledger.commit(SCOPE, lab.society, "ada", [good], key="k", activity=activity)
+        assert done is expected
+    assert [insight.evidence for insight in lab.ledger.insights(SCOPE)] == [(run.id,)]
+    assert lab.ledger.activities(lab.society) == (activity,)
+    assert lab.ledger.activities("s999") == ()
+
+
+def test_a_claim_takes_author_and_variant_from_its_run(lab):
+    claim = lab.claim()
+    assert (claim.author, claim.variant, claim.reference) == ("ada", VARIANT, BASELINE)
+    assert claim.is_open
+    assert lab.ledger.claims(SCOPE, open_only=True) == (claim,)
+    with pytest.raises(InvariantViolated, match="claims"):
+        lab.commit(NewClaim(claim.screening_run, BASELINE, 0.01, 1, 0.05, 0.0))
+    other = Variant("toy/cpu", {"lr": 0.05})
+    lab.commit(NewClaim(claim.screening_run, other, 0.01, 1, 0.05, 0.0))
+
+
+def test_a_claim_is_accepted_crowned_and_rolled_back(lab):
+    claim = accepted(lab)
+    assert claim.verdict.decision is Decision.ACCEPTED
+    assert claim.verdict.effect.low == 0.001
+    assert len(claim.verdict.runs) == 4
+    champion = lab.ledger.champion(SCOPE)
+    assert (champion.number, champion.variant, champion.claim_id) == (1, VARIANT, claim.id)
+    more = lab.finish(lab.next_seed(VARIANT)).id
+    lab.commit(
+        verdict(claim.id, *claim.verdict.runs, more, decision=Decision.ROLLED_BACK),
+        Crown(BASELINE, None, "r00001", reverts=True),
+    )
+    assert lab.ledger.claim(claim.id).verdict.decision is Decision.ROLLED_BACK
+    history = lab.ledger.champions(SCOPE)
+    assert [one.variant for one in history] == [BASELINE, VARIANT, BASELINE]
+    assert history[-1].reverts
+    counts = lab.ledger.counts(SCOPE)
+    assert counts.runs[RunKind.VERIFICATION] == 4
+    assert counts.verdicts[Decision.ROLLED_BACK] == 1
+    assert (counts.champions, counts.claims_open, counts.wall_s) == (3, 0, 14.0)
+
+
+def test_hypotheses_live_and_are_tested_once(lab):
+    lab.commit(NewHypothesis("warmer is better", "theory", VARIANT, 2.0))
+    assert lab.ledger.hypotheses(SCOPE, state=HypothesisState.OPEN)[0].variant == VARIANT
+    lab.commit(HypothesisTaken("h0001"))
+    with pytest.raises(InvariantViolated, match="not open"):
+        lab.commit(HypothesisTaken("h0001"), agent="ben")
+    run = lab.screen(VARIANT)
+    lab.commit(HypothesisTested("h0001", run.id))
+    lab.commit(HypothesisTested("h0001", "r99999"))
+    tested = lab.ledger.hypotheses()[0]
+    assert (tested.state, tested.run_id) == (HypothesisState.TESTED, run.id)
+
+
+def test_the_latest_noise_counts(lab):
+    assert lab.ledger.noise(SCOPE) is None
+    for sd in (0.02, 0.01):
+        lab.commit(Noise(SCOPE.task, SCOPE.tier, sd, sd / 2, sd * 2, 20))
+    assert lab.ledger.noise(SCOPE).sd == 0.01
+    assert len(lab.ledger.noise_history()) == 2
+
+
+def test_reading_filters(lab):
+    claim = accepted(lab)
+    kinds = [run.kind for run in lab.ledger.runs(SCOPE, split=Split.HOLDOUT)]
+    assert kinds == [RunKind.VERIFICATION] * 4
+    assert len(lab.ledger.runs(variant=VARIANT)) == 5
+    assert len(lab.ledger.runs(Scope("other", "x"))) == 0
+    assert len(lab.ledger.runs(society="s999")) == 0
+    assert {run.claim_id for run in lab.ledger.runs(kinds={RunKind.VERIFICATION})} == {claim.id}
+    assert lab.ledger.scopes() == (SCOPE,)
+
+
+# --- the same rules, around the Python API -------------------------------------------------------
+
+REWRITES = {
+    "runs": "score = 0.0",
+    "claims": "alpha = 0.9",
+    "verdicts": "decision = 'rejected'",
+    "verdict_runs": "place = 9",
+    "champions": "reverts = 1",
+    "seeds": "seed = 1",
+    "variants": "overrides = '{}'",
+    "insights": "text = 'other'",
+    "noise": "sd = 0.0",
+    "activities": "note = 'other'",
+    "commits": "agent = 'other'",
+    "scopes": "tier = 'other'",
+    "outbox": "ref = 'other'",
+}
+
+
+@pytest.fixture
+def full(lab):
+    accepted(lab)
+    lab.commit(NewInsight("x", ()), Noise(SCOPE.task, SCOPE.tier, 0.1, 0.1, 0.1, 3))
+    activity = Activity("a", "r", "d", "s", 1.0, 2.0)
+    lab.ledger.commit(SCOPE, lab.society, "a", [], key="with-activity", activity=activity)
+    return lab
+
+
+@pytest.mark.parametrize("table", sorted(REWRITES))
+def test_facts_are_not_changed_deleted_or_replaced(full, table):
+    with pytest.raises(sqlite3.IntegrityError, match="nothing in"):
+        full.raw(f"UPDATE {table} SET {REWRITES[table]}")
+    with pytest.raises(sqlite3.IntegrityError, match="nothing is deleted"):
+        full.raw(f"DELETE FROM {table}")
+    with pytest.raises(sqlite3.IntegrityError, match="holds this already"):
+        full.raw(f"INSERT OR REPLACE INTO {table} SELECT * FROM {table}")
+
+
+LEASE = (
+    "INSERT {how} INTO leases SELECT token + 100, 'x' || token, scope, society, {holder}, subject,"
+    " kind, variant, list, position, {seed}, split, attempt, claim_id, idea, 'living', created_at,"
+    " expires_at, NULL FROM leases WHERE run_id = ?"
+)
+
+
+@pytest.mark.parametrize("how", ["", "OR REPLACE", "OR IGNORE"])
+def test_raw_second_living_lease(lab, how):
+    lease = lab.next_seed(VARIANT)
+    with pytest.raises(sqlite3.IntegrityError, match="AlreadyLeased"):
+        lab.raw(LEASE.format(how=how, holder="'eve'", seed="seed"), lease.run_id)
+
+
+def test_raw_second_living_lease_without_the_trigger(lab):
+    """The partial unique index refuses as well."""
+    lease = lab.next_seed(VARIANT)
+    lab.raw("DROP TRIGGER leases_one_living")
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        lab.raw(LEASE.format(how="", holder="'eve'", seed="seed"), lease.run_id)
+
+
+def test_raw_lease_by_the_author(lab):
+    run = lab.finish(lab.verify(lab.claim().id))
+    with pytest.raises(sqlite3.IntegrityError, match="NotIndependent"):
+        lab.raw(LEASE.format(how="", holder="'ada'", seed="seed"), run.id)
+
+
+def test_raw_lease_on_a_chosen_seed(lab):
+    run = lab.finish(lab.next_seed(VARIANT))
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+        lab.raw(LEASE.format(how="", holder="'ben'", seed="4711"), run.id)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["holder = 'eve'", "seed = 1", "token = token + 1", "claim_id = 'c0001'", "run_id = 'r9'"],
+)
+def test_raw_change_of_a_lease(lab, change):
+    lab.claim()
+    lab.next_seed(BASELINE)
+    with pytest.raises(sqlite3.IntegrityError, match=r"what is leased|has ended"):
+        lab.raw(f"UPDATE leases SET {change}")
+
+
+def test_raw_revival_of_an_ended_lease(lab):
+    lab.finish(lab.next_seed(VARIANT))
+    with pytest.raises(sqlite3.IntegrityError, match="has ended"):
+        lab.raw("UPDATE leases SET state = 'living'")
+
+
+RUN = (
+    "INSERT {how} INTO runs SELECT NULL, run_id, {token}, scope, society, {agent}, kind, variant,"
+    " seed, split, attempt, claim_id, 'steps', 1.0, 'completed', 0.0, '{{}}', '{{}}', '', '',"
+    " '[]', '', created_at, created_at FROM leases WHERE run_id = ?"
+)
+
+
+def test_raw_run_with_the_current_token(lab):
+    lease = lab.next_seed(VARIANT)
+    lab.raw(RUN.format(how="", token="token", agent="holder"), lease.run_id)
+    with pytest.raises(LeaseLost):
+        lab.finish(lease)
+
+
+@pytest.mark.parametrize("how", ["", "OR REPLACE", "OR IGNORE"])
+def test_raw_run_with_a_stale_token(lab, how):
+    lease = lab.next_seed(VARIANT)
+    lab.expire(lease)
+    lab.next_seed(VARIANT, "cyd")
+    with pytest.raises(sqlite3.IntegrityError, match="LeaseLost"):
+        lab.raw(RUN.format(how=how, token="token", agent="holder"), lease.run_id)
+    with pytest.raises(sqlite3.IntegrityError, match="LeaseLost"):
+        lab.raw(RUN.format(how=how, token="token + 1", agent="holder"), lease.run_id)
+
+
+def test_raw_run_by_somebody_else(lab):
+    lease = lab.verify(lab.claim().id)
+    with pytest.raises(sqlite3.IntegrityError, match=r"what its lease says|NotIndependent"):
+        lab.raw(RUN.format(how="", token="token", agent="'ada'"), lease.run_id)
+
+
+VERDICT = (
+    "INSERT INTO verdicts (claim_id, society, decision, log_e, reason, judge, decided_at)"
+    " VALUES (?, 's001', ?, 9.9, '', 'eve', 0.0)"
+)
+
+
+def test_raw_second_verdict(lab):
+    claim = accepted(lab)
+    for decision in ("accepted", "rejected", "superseded"):
+        with pytest.raises(sqlite3.IntegrityError, match="already"):
+            lab.raw(VERDICT, claim.id, decision)
+    lab.raw(VERDICT, claim.id, "confirmed")
+    with pytest.raises(sqlite3.IntegrityError, match="already"):
+        lab.raw(VERDICT, claim.id, "rolled_back")
+
+
+def test_raw_roll_back_of_an_open_claim(lab):
+    with pytest.raises(sqlite3.IntegrityError, match="only an accepted"):
+        lab.raw(VERDICT, lab.claim().id, "rolled_back")
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+        lab.raw(VERDICT, "c9999", "rejected")
+
+
+def test_raw_evidence_that_is_none(lab):
+    claim = lab.claim()
+    unrelated = lab.finish(lab.next_seed(Variant("toy/cpu", {"lr": 9.0})))
+    lab.raw(VERDICT, claim.id, "rejected")
+    cite = "INSERT INTO verdict_runs VALUES (1, ?, 0)"
+    with pytest.raises(sqlite3.IntegrityError, match="screening run is never"):
+        lab.raw(cite, claim.screening_run)
+    with pytest.raises(sqlite3.IntegrityError, match="runs that exist"):
+        lab.raw(cite, "r99999")
+    with pytest.raises(sqlite3.IntegrityError, match="variant or reference"):
+        lab.raw(cite, unrelated.id)
+
+
+def test_raw_evidence_by_the_author(lab):
+    claim = lab.claim()
+    lab.raw("DROP TRIGGER leases_not_by_author_of_open_claim")
+    own = lab.finish(lab.next_seed(VARIANT, "ada"))
+    lab.raw(VERDICT, claim.id, "rejected")
+    with pytest.raises(sqlite3.IntegrityError, match="NotIndependent"):
+        lab.raw("INSERT INTO verdict_runs VALUES (1, ?, 0)", own.id)
+
+
+def test_evidence_from_before_the_claim_counts_whoever_made_it(lab):
+    lab.screen(VARIANT)
+    early = lab.finish(lab.next_seed(VARIANT, "ada"))
+    time.sleep(0.01)
+    claim = lab.claim()
+    lab.commit(verdict(claim.id, early.id, decision=Decision.REJECTED))
+
+
+CROWN = "INSERT INTO champions VALUES (1, ?, ?, ?, NULL, 0, 's001', 0.0)"
+
+
+def test_raw_crowns(lab):
+    accepted(lab)
+    other = lab.claim(Variant("toy/cpu", {"lr": 5.0}), VARIANT)
+    fingerprint = other.variant.fingerprint
+    with pytest.raises(sqlite3.IntegrityError, match="no gaps"):
+        lab.raw(CROWN, 7, fingerprint, other.id)
+    with pytest.raises(sqlite3.IntegrityError, match="needs an accepted claim"):
+        lab.raw(CROWN, 2, fingerprint, other.id)
+    with pytest.raises(sqlite3.IntegrityError, match="needs a claim"):
+        lab.raw(CROWN, 2, fingerprint, None)
+    with pytest.raises(sqlite3.IntegrityError, match="already"):
+        lab.raw(CROWN, 2, VARIANT.fingerprint, "c0001")
+
+
+def test_a_claim_against_a_former_champion_crowns_nobody(lab):
+    lab.commit(Crown(BASELINE, None, lab.screen(BASELINE).id))
+    late = lab.claim(Variant("toy/cpu", {"lr": 5.0}), BASELINE)
+    runs = [lab.finish(lab.verify(late.id, late.variant)).id for _ in range(4)]
+    accepted(lab)
+    with pytest.raises(InvariantViolated, match="earlier champion"):
+        lab.commit(verdict(late.id, *runs), Crown(late.variant, late.id, late.screening_run))
+    assert lab.ledger.claim(late.id).is_open
+
+
+def test_raw_claims(lab):
+    run = lab.screen(VARIANT)
+    crashed = lab.screen(Variant("toy/cpu", {"lr": 6.0}), outcome=Outcome.CRASHED)
+    lab.screen(BASELINE)
+    insert = (
+        "INSERT INTO claims SELECT NULL, 'cx', scope, society, {author}, variant, ?, id, 0.1, 1,"
+        " 0.05, 0.0, 0.0 FROM runs WHERE id = ?"
+    )
+    with pytest.raises(sqlite3.IntegrityError, match="of its author"):
+        lab.raw(insert.format(author="'eve'"), BASELINE.fingerprint, run.id)
+    with pytest.raises(sqlite3.IntegrityError, match="completed screening run"):
+        lab.raw(insert.format(author="agent"), BASELINE.fingerprint, crashed.id)
+    with pytest.raises(sqlite3.IntegrityError, match="something_is_claimed"):
+        lab.raw(insert.format(author="agent"), VARIANT.fingerprint, run.id)
+
+
+def test_a_score_needs_a_completed_run(lab):
+    lease = lab.next_seed(VARIANT)
+    with pytest.raises(InvariantViolated, match="score_if_completed"):
+        lab.finish(lease, float("nan"))
+    assert lab.ledger.leases(SCOPE) == (lease,)
+
+
+def test_queries_use_indexes(lab):
+    """No table that grows with the number of runs is scanned to lease or to judge."""
+    accepted(lab)
+    seen = []
+    with contextlib.closing(sqlite3.connect(lab.ledger.path)) as raw:
+        for sql in (
+            "SELECT 1 FROM leases WHERE scope = 1 AND subject = 'x' AND state = 'living'",
+            "SELECT id FROM runs WHERE scope = 1 AND variant = 'x' AND kind = 'screening'"
+            " AND seed = 1",
+            "SELECT max(token) FROM leases",
+            "SELECT * FROM runs WHERE number > 10 ORDER BY number",
+            "SELECT id FROM runs WHERE claim_id = 'c' AND kind = 'reproduction'",
+            "SELECT 1 FROM claims WHERE scope = 1 AND variant = 'x' AND author = 'y'",
+        ):
+            seen += [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {sql}")]
+    assert all(step.startswith("SEARCH") for step in seen), seen
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def test_reading_beside_a_writer(lab):
+    lab.screen(VARIANT)
+    with Ledger.open(lab.ledger.path, read_only=True) as reader:
+        assert len(reader.runs()) == 1
+        lab.screen(BASELINE)
+        assert len(reader.runs()) == 2
+        with pytest.raises(NotebookDamaged, match="readonly"):
+            reader.start_society(1, {})
+
+
+def test_reading_in_threads(lab):
+    for i in range(20):
+        lab.screen(Variant("toy/cpu", {"lr": float(i)}))
+    seen = []
+    threads = [
+        threading.Thread(target=lambda: seen.append(len(lab.ledger.runs()))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [20] * 8
+
+
+def test_a_closed_notebook_opens_again(tmp_path):
+    lab = Lab(tmp_path / "ledger.sqlite")
+    claim = accepted(lab)
+    lab.ledger.close()
+    for read_only in (False, True):
+        with Ledger.open(tmp_path, read_only=read_only) as ledger:
+            assert ledger.claim(claim.id) == claim
+            assert ledger.champion(SCOPE).variant == VARIANT
+
+
+def test_what_is_no_ledger(tmp_path):
+    with pytest.raises(NotANotebook, match="No ledger"):
+        Ledger.open(tmp_path, read_only=True)
+    foreign = tmp_path / "foreign.sqlite"
+    with contextlib.closing(sqlite3.connect(foreign)) as connection, connection:
+        connection.execute("CREATE TABLE t (x)")
+    with pytest.raises(NotANotebook, match="no notebook's ledger"):
+        Ledger.open(foreign)
+
+
+def test_another_schema_version(lab):
+    lab.ledger.close()
+    lab.raw("UPDATE meta SET value = '99' WHERE key = 'schema'")
+    with pytest.raises(NotANotebook, match=r"schema 99.*--lab"):
+        Ledger.open(lab.ledger.path)
+
+
+@pytest.mark.parametrize("harm", ["garbage", "truncated", "middle"])
+def test_a_corrupted_ledger(tmp_path, harm):
+    lab = Lab(tmp_path / "ledger.sqlite")
+    for i in range(30):
+        lab.screen(Variant("toy/cpu", {"lr": float(i)}))
+    lab.ledger.close()
+    content = lab.ledger.path.read_bytes()
+    damage = {
+        "garbage": b"\x17" * len(content),
+        "truncated": content[: len(content) // 2],
+        "middle": content[:8192] + b"\x17" * (len(content) - 8192),
+    }
+    lab.ledger.path.write_bytes(damage[harm])
+    with pytest.raises(NotebookDamaged, match="backup"):
+        Ledger.open(lab.ledger.path)
+
+
+def test_a_full_disk(lab):
+    def fill():
+        for i in range(1000):
+            lab.commit(NewInsight("x" * 10_000, ()), key=f"k{i}")
+
+    with lab.ledger._db.read() as tx:
+        tx.exec_driver_sql("PRAGMA max_page_count = 1")
+    with pytest.raises(NotebookDamaged, match=r"full.*--resume"):
+        fill()
+    assert len(lab.ledger.insights()) < 1000
+
+
+def test_folders(tmp_path):
+    with pytest.raises(NotANotebook, match="society run --lab"):
+        NotebookFolder(tmp_path).require()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(NotebookDamaged, match="Cannot write"):
+        NotebookFolder(file / "lab").create()
+    with pytest.raises(NotebookDamaged):
+        Ledger.open(file / "lab" / "ledger.sqlite")
+    folder = NotebookFolder(tmp_path / "lab").create()
+    assert folder.logs.is_dir()
+    assert folder.report.is_dir()
+    Ledger.open(folder.ledger).close()
+    assert folder.require() is folder
+
+
+def test_a_notebook_has_one_owner(tmp_path):
+    folder = NotebookFolder(tmp_path / "lab")
+    script = """
+        import sys, time
+        from society.memory.folder import NotebookFolder
+        with NotebookFolder(sys.argv[1]).lock():
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    owner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(folder.path)], stdout=subprocess.PIPE
+    )
+    try:
+        assert owner.stdout.readline() == b"held\n"
+        with pytest.raises(NotebookInUse, match=str(owner.pid)), folder.lock():
+            pass
+    finally:
+        owner.kill()
+        owner.communicate()
+    with folder.lock(), pytest.raises(NotebookInUse, match=str(os.getpid())), folder.lock():
+        pass
+    with folder.lock():
+        pass
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+RACER = """
+    import contextlib, json, sys
+    from society.errors import AlreadyLeased, AlreadyRun
+    from society.memory.ledger import Ledger
+    from society.records import *
+    path, society, name = sys.argv[1:]
+    scope, won = Scope("toy/cpu", "cpu-A"), []
+    who = {"holder": name, "ttl_s": 60}
+    result = (Measurement(Outcome.COMPLETED, 1.0, Cost()), Environment("cpu", "A", 1, "3.11"),
+              Budget(BudgetKind.STEPS, 1.0))
+    with Ledger.open(path) as ledger:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for i in range(25):
+            with contextlib.suppress(AlreadyLeased, AlreadyRun):
+                lease = ledger.lease_screening(
+                    scope, society, variant=Variant("toy/cpu", {"lr": float(i)}), **who)
+                won.append(["screening", i, lease.token, lease.run_id])
+                ledger.finish(lease, *result)
+            lease = ledger.lease_next_seed(
+                scope, society, variant=Variant("toy/cpu", {"lr": 0.04}),
+                kind=RunKind.CALIBRATION, **who)
+            won.append(["pool", lease.seed, lease.token, lease.run_id])
+            ledger.finish(lease, *result)
+    print(json.dumps(won))
+"""
+
+
+def test_processes_race_for_leases(lab):
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(RACER), str(lab.ledger.path), lab.society,
+             f"agent-{i}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 4
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    won = [item for racer in racers for item in json.loads(racer.communicate()[0])]
+    for column in (2, 3):
+        assert len({item[column] for item in won}) == len(won)
+    assert sorted(item[1] for item in won if item[0] == "screening") == list(range(25))
+    pool = [item[1] for item in won if item[0] == "pool"]
+    assert sorted(pool) == sorted(lab.ledger.seeds(SeedList.VERIFICATION, SCOPE, 100))
+    runs = lab.ledger.runs()
+    assert [run.number for run in runs] == list(range(1, 126))
+
+
+WRITER = """
+    import sys
+    from society.memory.ledger import Ledger
+    from society.records import *
+    path, society, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    scope = Scope("toy/cpu", "cpu-A")
+    ledger = Ledger.open(path)
+    for i in range(start, start + 10_000):
+        lease = ledger.lease_screening(
+            scope, society, holder="a", variant=Variant("toy/cpu", {"lr": float(i)}), ttl_s=60)
+        run = ledger.finish(
+            lease, Measurement(Outcome.COMPLETED, 1.0, Cost()),
+            Environment("cpu", "A", 1, "3.11"), Budget(BudgetKind.STEPS, 1.0))
+        entries = [NewInsight(f"{run.id} {j}", (run.id,)) for j in range(3)]
+        ledger.commit(scope, society, "a", entries, key=run.id, activity=None)
+        print(run.id, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(lab):
+    acknowledged = []
+    for attempt in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(lab.ledger.path), lab.society,
+             str(attempt * 10_000)],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        acknowledged += [writer.stdout.readline().strip() for _ in range(5)]
+        time.sleep(0.03 * attempt)
+        writer.send_signal(signal.SIGKILL)
+        acknowledged += [line for line in writer.communicate()[0].split("\n")[:-1] if line]
+    with Ledger.open(lab.ledger.path) as ledger:
+        runs = {run.id for run in ledger.runs()}
+        assert set(acknowledged) <= runs
+        texts = [insight.text for insight in ledger.insights()]
+        by_run = [list(group) for _, group in itertools.groupby(texts, lambda t: t.split()[0])]
+        assert all(len(group) == 3 for group in by_run)
+        assert {group[0].split()[0] for group in by_run} >= set(acknowledged)
+        assert ledger.release_all(lab.society) <= 4
+        assert ledger.leases(SCOPE) == ()
+
+
+# --- the life of a lease, at random --------------------------------------------------------------
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    """Random lease, heartbeat, expiry, release and finish against a model in a dictionary."""
+
+    leases = Bundle("leases")
+
+    def __init__(self):
+        super().__init__()
+        self.folder = _machine_folder()
+        self.lab = Lab(self.folder / "ledger.sqlite")
+        self.living = {}
+        self.expired = set()
+        self.done = {}
+
+    def teardown(self):
+        self.lab.ledger.close()
+
+    @rule(target=leases, knob=st.integers(0, 2), holder=st.sampled_from(["ada", "ben"]))
+    def take(self, knob, holder):
+        variant = Variant("toy/cpu", {"lr": float(knob)})
+        current = self.living.get(knob)
+        args = {"holder": holder, "variant": variant, "ttl_s": 60}
+        if knob in self.done:
+            with pytest.raises(AlreadyRun) as caught:
+                self.lab.ledger.lease_screening(SCOPE, self.lab.society, **args)
+            assert caught.value.run_id == self.done[knob]
+            return None
+        if current is not None and current.token not in self.expired:
+            with pytest.raises(AlreadyLeased):
+                self.lab.ledger.lease_screening(SCOPE, self.lab.society, **args)
+            return None
+        lease = self.lab.ledger.lease_screening(SCOPE, self.lab.society, **args)
+        assert all(lease.token > other.token for other in self.living.values())
+        self.living[knob] = lease
+        return knob, lease
+
+    def _holds(self, item):
+        return item is not None and self.living.get(item[0]) == item[1]
+
+    @rule(item=leases)
+    def expire(self, item):
+        if self._holds(item):
+            self.lab.expire(item[1])
+            self.expired.add(item[1].token)
+
+    @rule(item=leases)
+    def beat(self, item):
+        if self._holds(item):
+            assert self.lab.ledger.heartbeat(item[1], 60).token == item[1].token
+            self.expired.discard(item[1].token)
+        elif item is not None:
+            with pytest.raises(LeaseLost):
+                self.lab.ledger.heartbeat(item[1], 60)
+
+    @rule(item=leases)
+    def release(self, item):
+        if item is not None:
+            self.lab.ledger.release(item[1])
+            if self._holds(item):
+                del self.living[item[0]]
+
+    @rule(item=consumes(leases))
+    def finish(self, item):
+        if self._holds(item):
+            self.done[item[0]] = self.lab.finish(item[1]).id
+            del self.living[item[0]]
+        elif item is not None:
+            with pytest.raises(LeaseLost):
+                self.lab.finish(item[1])
+
+    @rule()
+    def release_everything(self):
+        assert self.lab.ledger.release_all(self.lab.society) == len(self.living)
+        self.living.clear()
+
+    @invariant()
+    def the_model_agrees(self):
+        listed = {lease.token for lease in self.lab.ledger.leases(SCOPE)}
+        living = {lease.token for lease in self.living.values()}
+        assert listed == living - self.expired
+        assert {run.id for run in self.lab.ledger.runs()} == set(self.done.values())
+
+
+_FOLDERS = {}
+
+
+def _machine_folder():
+    folder = _FOLDERS["base"] / str(len(list(_FOLDERS["base"].iterdir())))
+    folder.mkdir()
+    return folder
+
+
+def test_lease_state_machine(tmp_path):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    _FOLDERS["base"] = tmp_path
+    run_state_machine_as_test(
+        LeaseMachine,
+        settings=settings(
+            max_examples=10,
+            stateful_step_count=20,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
