@@ -16,7 +16,10 @@ _DUTY = TypeAdapter(Duty)
 def dump_entry(entry: Entry) -> dict[str, Any]:
     """An entry as JSON types, tagged with its kind."""
     kind = type(entry).__name__
-    return {"kind": kind, "value": _ENTRIES[kind].dump_python(entry, mode="json", fallback=dict, warnings=False)}
+    return {
+        "kind": kind,
+        "value": _ENTRIES[kind].dump_python(entry, mode="json", fallback=dict, warnings=False),
+    }
 
 
 def load_entry(data: dict[str, Any]) -> Entry:

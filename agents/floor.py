@@ -28,6 +28,7 @@ class Floor:
     """
 
     def __init__(self, members: int) -> None:
+        """Expect so many members."""
         self._members = members
         self._line: deque[_Waiter] = deque()
         self._back: deque[_Waiter] = deque()

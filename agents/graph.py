@@ -149,7 +149,6 @@ async def commit(state: State, runtime: Runtime[Agent]) -> State:
         logs.get("agent", agent=agent.name, role=duty.role).info(
             duty.kind, note=state["note"], entries=len(entries)
         )
-    laboratory.remember()
     return {"duty": None, "entries": [], "offers": [], "note": ""}
 
 

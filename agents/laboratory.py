@@ -18,7 +18,7 @@ from society.roles.base import BudgetLeft
 from society.roles.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from society.agents.floor import Floor
     from society.experiments.executor import Executor
@@ -117,9 +117,7 @@ class Laboratory:
         champion = self.ledger.champion(self.scope)
         if champion is None or champion.claim_id is None:
             return False
-        if not self.ledger.claim(
-            champion.claim_id
-        ).verdict_is(Decision.CONFIRMED):
+        if not self.ledger.claim(champion.claim_id).verdict_is(Decision.CONFIRMED):
             return False
         scores = [s for s in self.ledger.pool(self.scope, champion.variant).values() if s]
         mean = sum(scores) / len(scores)
@@ -184,9 +182,10 @@ class Laboratory:
 
     @property
     def capacity(self) -> int:
-        """Runs that may be under way or queued: one beside each two slots waits its turn, so that
-        no slot idles while an agent thinks; none with a single slot, which makes a society
-        repeatable.
+        """Runs that may be under way or queued.
+
+        One run beside each two slots waits its turn, so that no slot idles while an agent thinks;
+        none does with a single slot, which makes such a society repeatable.
         """
         return self.executor.slots + self.executor.slots // 2
 
@@ -252,6 +251,7 @@ class Bench:
     """One agent's place in the laboratory; implements `society.roles.Lab`."""
 
     def __init__(self, laboratory: Laboratory, agent: str) -> None:
+        """Seat `agent` in `laboratory`."""
         self._lab = laboratory
         self.agent = agent
         self.brain = laboratory.brain
@@ -264,18 +264,28 @@ class Bench:
 
     async def screen(self, variant: Variant, idea: str) -> Run:
         """See `Lab.screen`."""
-        ledger, who = self._lab.ledger, self._who()
-        return await self._run(ledger.lease_screening(variant=variant, idea=idea, **who))
+        lab = self._lab
+        lease = lab.ledger.lease_screening(
+            lab.scope, lab.record.id,
+            holder=self.agent, variant=variant, idea=idea, ttl_s=LEASE_S,
+        )  # fmt: skip
+        return await self._run(lease)
 
     async def measure(self, variant: Variant, kind: RunKind, claim_id: str | None = None) -> Run:
         """See `Lab.measure`."""
-        ledger, who = self._lab.ledger, self._who()
-        lease = ledger.lease_next_seed(variant=variant, kind=kind, claim_id=claim_id, **who)
+        lab = self._lab
+        lease = lab.ledger.lease_next_seed(
+            lab.scope, lab.record.id,
+            holder=self.agent, variant=variant, kind=kind, claim_id=claim_id, ttl_s=LEASE_S,
+        )  # fmt: skip
         return await self._run(lease)
 
     async def reproduce(self, claim_id: str) -> Run:
         """See `Lab.reproduce`."""
-        lease = self._lab.ledger.lease_reproduction(claim_id=claim_id, **self._who())
+        lab = self._lab
+        lease = lab.ledger.lease_reproduction(
+            lab.scope, lab.record.id, holder=self.agent, claim_id=claim_id, ttl_s=LEASE_S
+        )
         return await self._run(lease)
 
     def knowledge(self) -> Knowledge:
@@ -295,11 +305,3 @@ class Bench:
     async def _run(self, lease: Lease) -> Run:
         self.runs_made += 1
         return await self._lab.execute(lease)
-
-    def _who(self) -> Mapping[str, object]:
-        return {
-            "scope": self._lab.scope,
-            "society": self._lab.record.id,
-            "holder": self.agent,
-            "ttl_s": LEASE_S,
-        }

@@ -119,6 +119,7 @@ def _build(space: Space, task: str, overrides: dict[str, Scalar]) -> Variant | N
 def _model_based(knowledge: Knowledge, seed: int) -> Proposal | None:
     """Ask Optuna's TPE, told all results and the variants under way."""
     import optuna
+    from optuna.study import StudyDirection
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = knowledge.space
@@ -126,13 +127,15 @@ def _model_based(knowledge: Knowledge, seed: int) -> Proposal | None:
     sampler = optuna.samplers.TPESampler(
         multivariate=True, constant_liar=True, n_startup_trials=0, seed=seed
     )
-    direction = "minimize" if knowledge.direction.sign < 0 else "maximize"
-    study = optuna.create_study(direction=direction, sampler=sampler)
+    way = StudyDirection.MINIMIZE if knowledge.direction.sign < 0 else StudyDirection.MAXIMIZE
+    study = optuna.create_study(direction=way, sampler=sampler)
     study.add_trials(_trials(knowledge, axes))
     asked = study.ask(axes).params
     overrides = {name: _value(space, name, position) for name, position in asked.items()}
     variant = _build(space, knowledge.task, overrides)
-    return variant and Proposal(variant, f"Model-based, on {len(knowledge.results)} results.")
+    if variant is None:
+        return None
+    return Proposal(variant, f"Model-based, on {len(knowledge.results)} results.")
 
 
 def _trials(knowledge: Knowledge, axes: dict[str, BaseDistribution]) -> list[Any]:

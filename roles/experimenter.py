@@ -38,9 +38,13 @@ class Experimenter(Role):
         if view.noise and view.champion_screening is not None and not view.closing:
             duties.append(
                 Duty(
-                    self.name, "propose", value=50, needs_slot=True, crew=view.budget.runs,
+                    self.name,
+                    "propose",
+                    value=50,
+                    needs_slot=True,
+                    crew=view.budget.runs,
                     why="a new idea",
-                )  # fmt: skip
+                )
             )
         return duties
 

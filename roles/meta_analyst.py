@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 from society.errors import InvalidVariant
@@ -74,14 +75,19 @@ def insights(view: View, effects: Sequence[KnobEffect]) -> list[NewInsight]:
     clear.sort(key=lambda effect: -abs(effect.delta) / max(effect.se, 1e-12))
     told = [
         NewInsight(describe(effect, unit=view.task.unit), _varied(view.screenings, effect.knob))
-        for effect in clear[:MAX_INSIGHTS]
+        for effect in clear
     ]
     ends = dead_ends(
         view.screenings, view.space, view.champion.variant.overrides, view.task.direction
     )
-    return told + [
-        NewInsight(describe_dead_end(end), _varied(view.screenings, end.knob)) for end in ends[:2]
-    ]
+    told += [NewInsight(describe_dead_end(end), _varied(view.screenings, end.knob)) for end in ends]
+    posted = {_topic(insight.text) for insight in view.ledger.insights(view.scope)}
+    return [insight for insight in told if _topic(insight.text) not in posted][:MAX_INSIGHTS]
+
+
+def _topic(text: str) -> str:
+    """What a sentence is about, without its figures: posted once, however often it is found."""
+    return re.sub(r"[-+]?\d[\d.e±+-]*", "#", text.split(":")[0])
 
 
 def hypotheses(view: View, effects: Sequence[KnobEffect]) -> list[NewHypothesis]:
@@ -109,4 +115,3 @@ def hypotheses(view: View, effects: Sequence[KnobEffect]) -> list[NewHypothesis]
 
 def _varied(runs: Sequence[Run], knob: str) -> tuple[str, ...]:
     return tuple(run.id for run in runs if knob in run.variant.overrides)
-

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from society.experiments import evalue, gate
-from society.records import Crown, Decision, Noise, Outcome as RunOutcome, RunKind, Verdict
+from society.records import Crown, Decision, Noise, RunKind, Verdict
+from society.records import Outcome as RunOutcome
 from society.roles.base import Duty, Lab, Outcome, Role
 
 if TYPE_CHECKING:
@@ -189,9 +190,7 @@ def supersede(view: View, judge_name: str, claim: Claim) -> Verdict:
     known = gate.effect(view.evidence(claim)) if assessment.n else None
     reason = "its reference is no longer the champion"
     runs = view.runs_of(claim)
-    return Verdict(
-        claim.id, Decision.SUPERSEDED, assessment.log_e, known, reason, runs, judge_name
-    )
+    return Verdict(claim.id, Decision.SUPERSEDED, assessment.log_e, known, reason, runs, judge_name)
 
 
 def irreproducible(view: View, claim: Claim) -> str | None:

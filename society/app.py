@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import secrets
 import signal
 import time
@@ -30,13 +31,16 @@ from society.roles import Charter
 from society.settings import validate
 
 if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
+
     from society.experiments.executor import Executor
     from society.experiments.task import Task
     from society.report import Report
+    from society.roles import Role
     from society.settings import Settings
 
 PULSE_S = 1.0
-"""Seconds between looks of the live view."""
+"""Seconds between looks of the live view, and between batches for recall."""
 SAVE_S = 5.0
 """Seconds between records of wall time and utilisation."""
 
@@ -107,9 +111,7 @@ def run_society(
     task = load_task(settings.task, str(settings.profile))
     casts = cast_roles(settings)
     load_brain(settings.brain)
-    executor = LocalExecutor(
-        settings.task, str(settings.profile), settings.slots, settings.device
-    )
+    executor = LocalExecutor(settings.task, str(settings.profile), settings.slots, settings.device)
     with folder.lock(), Ledger.open(folder.ledger, settings.seed) as ledger:
         record = _open_society(ledger, settings, resume=resume)
         logs.configure(folder.logs / "society.jsonl", society=record.id, console=console)
@@ -130,14 +132,14 @@ async def _work(
     settings: Settings,
     task: Task,
     executor: Executor,
-    casts: list[tuple[object, ...]],
+    casts: list[tuple[Role, ...]],
     display: Display,
 ) -> Scope:
     log, began = logs.get("app"), time.monotonic()
     async with _started(executor):
         scope = Scope(task.key, executor.environment.tier)
         _crown_baseline(ledger, scope, record, task)
-        with _open_recall(folder, log) as recall:
+        with _open_recall(folder, task, log) as recall:
             laboratory = Laboratory(
                 ledger=ledger,
                 recall=recall,
@@ -152,14 +154,13 @@ async def _work(
                 charter=Charter(patience=settings.patience),
                 began=began,
             )
-            laboratory.remember()
             log.info("society works", agents=len(casts), slots=executor.slots, tier=scope.tier)
             await _live(laboratory, casts, folder.checkpoints, display)
     return scope
 
 
 async def _live(
-    laboratory: Laboratory, casts: list[tuple[object, ...]], checkpoints: Path, display: Display
+    laboratory: Laboratory, casts: list[tuple[Role, ...]], checkpoints: Path, display: Display
 ) -> None:
     """Run the agents with signals handled, the display fed and progress saved."""
     for name in agent_names(len(casts)):
@@ -169,7 +170,7 @@ async def _live(
     pulse = asyncio.create_task(_pulse(laboratory, display))
     try:
         with _signals(laboratory, asyncio.current_task()):
-            await live(laboratory, casts, checkpoints)  # type: ignore[arg-type]
+            await live(laboratory, casts, checkpoints)
         state = SocietyState.STOPPED if laboratory.draining else SocietyState.FINISHED
     except asyncio.CancelledError:
         laboratory.executor.kill()
@@ -180,6 +181,7 @@ async def _live(
         with contextlib.suppress(asyncio.CancelledError):
             await pulse
         display.stop()
+        laboratory.remember()
         laboratory.save(state)
 
 
@@ -187,6 +189,7 @@ async def _pulse(laboratory: Laboratory, display: Display) -> None:
     saved = 0.0
     while True:
         display.show(laboratory)
+        laboratory.remember()
         if laboratory.wall_s - saved >= SAVE_S:
             laboratory.save(SocietyState.RUNNING)
             saved = laboratory.wall_s
@@ -248,18 +251,28 @@ def _crown_baseline(ledger: Ledger, scope: Scope, record: SocietyRecord, task: T
 @contextlib.asynccontextmanager
 async def _started(executor: Executor) -> AsyncIterator[None]:
     try:
-        await executor.start()
+        starting = asyncio.create_task(executor.start())
+        await asyncio.to_thread(_warm_up)
+        await starting
         yield
         await executor.close()
     finally:
         executor.kill()
 
 
+def _warm_up() -> None:
+    """Import what agents will need, while the workers start instead of while they wait."""
+    for name in ("optuna", "sklearn.linear_model"):
+        importlib.import_module(name)
+
+
 @contextlib.contextmanager
-def _open_recall(folder: NotebookFolder, log: logs.FilteringBoundLogger) -> Iterator[Recall | None]:
+def _open_recall(
+    folder: NotebookFolder, task: Task, log: BoundLogger
+) -> Iterator[Recall | None]:
     """Recall, or None with a warning: the society goes on without it."""
     try:
-        recall = Recall.open(folder)
+        recall = Recall.open(folder, lower_is_better=task.direction.sign < 0)
     except RecallUnavailable as error:
         log.warning("recall is off", reason=str(error))
         yield None

@@ -152,9 +152,7 @@ async def _one(
     variant: Variant,
 ) -> Run | None:
     try:
-        lease = ledger.lease_audit(
-            scope, record.id, holder=HOLDER, variant=variant, ttl_s=LEASE_S
-        )
+        lease = ledger.lease_audit(scope, record.id, holder=HOLDER, variant=variant, ttl_s=LEASE_S)
     except LeaseError:
         return None
     work = Work(lease.run_id, lease.variant, lease.seed, lease.split, task.budget)

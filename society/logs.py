@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+from structlog.stdlib import BoundLogger
+from structlog.typing import Processor
 
 _SHARED: list[Processor] = [
     structlog.contextvars.merge_contextvars,
@@ -58,9 +59,9 @@ def close() -> None:
         handler.close()
 
 
-def get(name: str, **bound: Any) -> FilteringBoundLogger:
+def get(name: str, **bound: Any) -> BoundLogger:
     """A logger under `society.`; `bound` values go on each of its lines."""
-    logger: FilteringBoundLogger = structlog.stdlib.get_logger(f"society.{name}", **bound)
+    logger: BoundLogger = structlog.stdlib.get_logger(f"society.{name}", **bound)
     return logger
 
 

@@ -17,11 +17,13 @@ from society.records import (
     Measurement,
     NewClaim,
     Noise,
-    Outcome as Ended,
     RunKind,
     Scope,
     SeedList,
     Variant,
+)
+from society.records import (
+    Outcome as Ended,
 )
 from society.roles import BudgetLeft, Charter, View, load_role
 from society.roles.experimenter import Experimenter, is_new

@@ -5,7 +5,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from society.agents.brains import load_brain
 from society.agents.search import SearchBrain
