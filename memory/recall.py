@@ -141,7 +141,7 @@ class Recall:
             k: How many at most.
             kinds: Only these kinds of passages (`society.memory.prose.KINDS`); None for all.
         """
-        wanted: list[str | int | float | bool] = list(kinds or ())
+        chosen = None if kinds is None else {"kind": {"$in": list(kinds)}}
         with _reported(self._path):
             count = min(k, self._collection.count())
             if count <= 0:
@@ -149,7 +149,7 @@ class Recall:
             found = self._collection.query(
                 query_embeddings=list(embedder().embed([text])),
                 n_results=count,
-                where=None if kinds is None else {"kind": {"$in": wanted}},
+                where=cast("chromadb.Where | None", chosen),
                 include=["documents", "distances", "metadatas"],
             )
         return tuple(_hits(found))

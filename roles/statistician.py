@@ -98,7 +98,7 @@ class Statistician(Role):
         owed = gate.champion_runs_owed(len(view.champion_pool), rejections(view)) - busy
         if owed > 0:
             why = "champion seeds owed for rejected claims"
-            return [self._run("strengthen", value=45, crew=owed + busy, why=why)]
+            return [self._run("strengthen", value=55, crew=owed + busy, why=why)]
         if not view.closing or champion.is_baseline:
             return []
         thinner = min((champion, view.baseline), key=lambda v: len(view.pool(v)))
