@@ -38,6 +38,9 @@ def cast_roles(settings: Settings) -> list[tuple[Role, ...]]:
     if not settings.roles:
         everyone = tuple(load_role(name) for name in names)
         return [everyone] * settings.agents
+    stray = [name for name in settings.extra_roles if name not in settings.roles]
+    if stray:
+        raise UsageError(f"--role {stray[0]}: with fixed --roles, give it a count there instead.")
     loaded = {name: load_role(name) for name in settings.roles}
     playing = {role.name for role in loaded.values()}
     missing = [name for name in ESSENTIAL_ROLES if name not in playing]

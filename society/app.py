@@ -18,10 +18,10 @@ from society.agents.brains import load_brain
 from society.agents.floor import Floor
 from society.agents.laboratory import Laboratory
 from society.agents.society import agent_names, cast_roles, live
-from society.errors import RecallUnavailable, UsageError
+from society.errors import RecallUnavailable, UnknownName, UsageError
 from society.experiments.local import LocalExecutor
 from society.experiments.space import Space
-from society.experiments.task import known_profiles, load_task
+from society.experiments.task import known_profiles, known_tasks, load_task
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
 from society.memory.recall import Recall
@@ -91,6 +91,8 @@ def resolved(settings: Settings) -> Settings:
     if settings.profile is not None:
         return settings
     profiles = known_profiles(settings.task)
+    if not profiles and ":" not in settings.task:
+        raise UnknownName("task", settings.task, known_tasks())
     if not profiles:
         raise UsageError(f"Task {settings.task!r} has no shipped profile: name one by --profile.")
     return settings.model_copy(update={"profile": profiles[0]})
@@ -262,14 +264,12 @@ async def _started(executor: Executor) -> AsyncIterator[None]:
 
 def _warm_up() -> None:
     """Import what agents will need, while the workers start instead of while they wait."""
-    for name in ("optuna", "sklearn.linear_model"):
+    for name in ("optuna", "torch", "sklearn.linear_model"):
         importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _open_recall(
-    folder: NotebookFolder, task: Task, log: BoundLogger
-) -> Iterator[Recall | None]:
+def _open_recall(folder: NotebookFolder, task: Task, log: BoundLogger) -> Iterator[Recall | None]:
     """Recall, or None with a warning: the society goes on without it."""
     try:
         recall = Recall.open(folder, lower_is_better=task.direction.sign < 0)

@@ -1,0 +1,119 @@
+"""What the commands share: options, output as text or JSON, and how a notebook is opened."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from society.experiments.space import Space
+    from society.experiments.task import Task
+    from society.memory.ledger import Ledger
+    from society.records import Scope, SocietyRecord
+
+Lab = Annotated[Path, typer.Option("--lab", help="Folder of the notebook.", show_default=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+LAB = Path("lab")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A notebook opened for reading, and what its last society works on."""
+
+    ledger: Ledger
+    record: SocietyRecord
+    scope: Scope
+    task: Task
+    space: Space
+
+
+@contextmanager
+def opened(lab: Path) -> Iterator[Opened]:
+    """Open a notebook read-only, also beside the process that writes to it.
+
+    Raises:
+        NotANotebook: There is none, or nothing has happened in it yet.
+    """
+    from society.errors import NotANotebook
+    from society.experiments.space import Space
+    from society.memory.folder import NotebookFolder
+    from society.memory.ledger import Ledger
+
+    folder = NotebookFolder(lab).require()
+    with Ledger.open(folder.ledger, read_only=True) as ledger:
+        records, scopes = ledger.societies(), ledger.scopes()
+        if not records or not scopes:
+            raise NotANotebook(f"The notebook {lab} is empty: no society has worked in it yet.")
+        task = task_of(records[-1])
+        scope = _latest_scope(ledger, scopes, task.key)
+        yield Opened(ledger, records[-1], scope, task, Space.of(task))
+
+
+def task_of(record: SocietyRecord) -> Task:
+    """The task that a society works on, from its recorded settings."""
+    from society.experiments.task import known_profiles, load_task
+
+    name = str(record.settings["task"])
+    profile = record.settings.get("profile") or next(iter(known_profiles(name)), None)
+    return load_task(name, str(profile))
+
+
+def _latest_scope(ledger: Ledger, scopes: Sequence[Scope], key: str) -> Scope:
+    """The scope of the task's last run; of its baseline while there is none."""
+    mine = [scope for scope in scopes if scope.task == key] or list(scopes)
+    last = {scope: runs[-1].number for scope in mine if (runs := ledger.runs(scope))}
+    return max(last, key=lambda scope: last[scope], default=mine[-1])
+
+
+def plain(value: Any) -> Any:
+    """A record as JSON types: dataclasses become objects, enums their value."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if hasattr(value, "items"):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def emit_json(value: Any) -> None:
+    """Print a value as indented JSON; numbers that JSON does not know become strings."""
+    typer.echo(json.dumps(finite(plain(value)), indent=2))
+
+
+def finite(value: Any) -> Any:
+    """The value with infinities and NaN as strings, so that every JSON parser can read it."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return value
+
+
+def emit_table(rows: Iterable[Sequence[object]], *, gap: str = "  ") -> None:
+    """Print rows in aligned columns; the last column is as long as it is."""
+    lines = [[str(cell) for cell in row] for row in rows]
+    if not lines:
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        typer.echo(gap.join(cells).rstrip())
+
+
+def emit_fields(values: Mapping[str, object], indent: str = "") -> None:
+    """Print `name  value` lines, names aligned."""
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        typer.echo(f"{indent}{name.ljust(width)}  {value}")

