@@ -31,6 +31,8 @@ STARTUP = 10
 """Proposals made before the model is asked."""
 LOCAL_EVERY = 4
 """One proposal in so many is a small change of the best variant so far."""
+TIDY = 0.03
+"""Distance on a knob's unit scale below which a number counts as unchanged."""
 ATTEMPTS = 50
 """Samples drawn before giving up on a valid and unknown variant."""
 
@@ -95,7 +97,7 @@ def _draw(space: Space, name: str, parent: Variant, rng: random.Random) -> Scala
     if rng.random() < 0.5:
         unit = min(1.0, max(0.0, rng.gauss(space.unit(name, present), 0.15)))
     value = low * (high / low) ** unit if knob.log else low + (high - low) * unit
-    return round(value) if isinstance(present, int) else value
+    return round(value) if isinstance(present, int) else float(f"{value:.3g}")
 
 
 def choices_of(knob: Knob, example: Scalar) -> tuple[Scalar, ...]:
@@ -132,11 +134,29 @@ def _model_based(knowledge: Knowledge, seed: int) -> Proposal | None:
     study.add_trials(_trials(knowledge, axes))
     with threadpool_limits(1):  # the other cores are training
         asked = study.ask(axes).params
-    overrides = {name: _value(space, name, position) for name, position in asked.items()}
+    overrides = {
+        name: _tidy(knowledge, name, _value(space, name, position))
+        for name, position in asked.items()
+    }
     variant = _build(space, knowledge.task, overrides)
     if variant is None:
         return None
     return Proposal(variant, f"Model-based, on {len(knowledge.results)} results.")
+
+
+def _tidy(knowledge: Knowledge, name: str, value: Scalar) -> Scalar:
+    """A number a person would have written.
+
+    That is the baseline's or the champion's if it is near one of them, otherwise three significant
+    digits: fewer pointless changes make a claim readable.
+    """
+    if not isinstance(value, float) or knowledge.space.knobs[name].choices:
+        return value
+    space, champion = knowledge.space, knowledge.champion.overrides
+    for anchor in (space.default(name), champion.get(name, value)):
+        if abs(space.unit(name, value) - space.unit(name, anchor)) <= TIDY:
+            return anchor
+    return float(f"{value:.3g}")
 
 
 def _trials(knowledge: Knowledge, axes: dict[str, BaseDistribution]) -> list[Any]:

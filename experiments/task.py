@@ -235,6 +235,21 @@ def known_profiles(task: str) -> tuple[str, ...]:
     )
 
 
+def default_profile(task: str) -> str:
+    """The profile used when none is named: the first one shipped.
+
+    Raises:
+        UnknownName: no such task.
+        UsageError: a task given as `module:Class`, for which none is shipped.
+    """
+    profiles = known_profiles(task)
+    if profiles:
+        return profiles[0]
+    if ":" not in task:
+        raise UnknownName("task", task, [*known_tasks(), "module:Class"])
+    raise UsageError(f"Task {task!r} has no shipped profile: name one by --profile.")
+
+
 def load_profile(task: str, profile: str) -> Profile:
     """A shipped profile by name, or any file that ends in `.yaml` by path.
 

@@ -18,10 +18,10 @@ from society.agents.brains import load_brain
 from society.agents.floor import Floor
 from society.agents.laboratory import Laboratory
 from society.agents.society import agent_names, cast_roles, live
-from society.errors import RecallUnavailable, UnknownName, UsageError
+from society.errors import RecallUnavailable, UsageError
 from society.experiments.local import LocalExecutor
 from society.experiments.space import Space
-from society.experiments.task import known_profiles, known_tasks, load_task
+from society.experiments.task import default_profile, load_task
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
 from society.memory.recall import Recall
@@ -90,12 +90,7 @@ def resolved(settings: Settings) -> Settings:
     """The settings with the task's default profile filled in (`cpu` for pretrain)."""
     if settings.profile is not None:
         return settings
-    profiles = known_profiles(settings.task)
-    if not profiles and ":" not in settings.task:
-        raise UnknownName("task", settings.task, known_tasks())
-    if not profiles:
-        raise UsageError(f"Task {settings.task!r} has no shipped profile: name one by --profile.")
-    return settings.model_copy(update={"profile": profiles[0]})
+    return settings.model_copy(update={"profile": default_profile(settings.task)})
 
 
 def run_society(

@@ -443,15 +443,10 @@ def tasks(
     if name is None:
         _list_tasks(as_json)
         return
-    from society.errors import UsageError
     from society.experiments.space import Space
-    from society.experiments.task import known_profiles, load_task
+    from society.experiments.task import default_profile, load_task
 
-    _check_task(name)
-    shipped = known_profiles(name)
-    if profile is None and not shipped:
-        raise UsageError(f"Task {name!r} has no shipped profile: name one by --profile.")
-    task = load_task(name, profile or shipped[0])
+    task = load_task(name, profile or default_profile(name))
     knobs = _knobs(Space.of(task))
     if as_json:
         emit_json({"task": task.key, "metric": task.metric, "unit": task.unit, "knobs": knobs})
