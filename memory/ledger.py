@@ -2,7 +2,8 @@
 
 Concurrency: every call is one transaction, safe from several threads and processes; writers queue
 for at most 30 s, readers never wait. Staleness is decided by the database's clock inside SQL, and
-ownership by fencing tokens. Records that are returned are frozen and belong to the caller.
+ownership by fencing tokens. Records that are returned are frozen and belong to the caller. Text is
+kept as UTF-8: half of a surrogate pair is written as `?`.
 
 Every writing call may raise `InvariantViolated` (a rule of `schema.py`), `NotebookInUse` (the
 write lock was held for 30 s) and `NotebookDamaged` (the file cannot be written); every reading
@@ -11,8 +12,6 @@ call may raise `NotebookDamaged`.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import threading
 from collections import Counter
@@ -22,26 +21,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    Connection,
-    RowMapping,
-    Select,
-    and_,
-    exists,
-    func,
-    insert,
-    literal_column,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Select, and_, exists, insert, literal_column, select, update
 
-from society.errors import AlreadyLeased, AlreadyRun, InvariantViolated, LeaseLost, NotANotebook
-from society.memory import rows
+from society.errors import InvariantViolated, NotANotebook
+from society.memory import leases, rows
 from society.memory.database import Database
-from society.memory.entries import CLOCK, Author, keep_variant, next_number, scope_number, write
+from society.memory.entries import CLOCK, Author, next_number, scope_number, write
 from society.memory.schema import (
-    LeaseState,
     activities,
     champions,
     claims,
@@ -49,8 +35,6 @@ from society.memory.schema import (
     counters,
     hypotheses,
     insights,
-    leases,
-    meta,
     noise,
     outbox,
     runs,
@@ -90,20 +74,6 @@ from society.records import (
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 
-POOL_KINDS = (RunKind.CALIBRATION, RunKind.VERIFICATION)
-"""Kinds of runs that stand on verification seeds and count as evidence."""
-
-_LISTS: Mapping[RunKind, tuple[SeedList, Split, tuple[RunKind, ...]]] = {
-    RunKind.SCREENING: (SeedList.SCREENING, Split.VALIDATION, (RunKind.SCREENING,)),
-    RunKind.REPRODUCTION: (SeedList.SCREENING, Split.VALIDATION, (RunKind.REPRODUCTION,)),
-    RunKind.CALIBRATION: (SeedList.VERIFICATION, Split.HOLDOUT, POOL_KINDS),
-    RunKind.VERIFICATION: (SeedList.VERIFICATION, Split.HOLDOUT, POOL_KINDS),
-    RunKind.AUDIT: (SeedList.AUDIT, Split.HOLDOUT, (RunKind.AUDIT,)),
-}
-"""Kind of run -> its seed list, its split, and the kinds that share its seeds."""
-
-_LIVING = LeaseState.LIVING.value
-
 
 @dataclass(frozen=True, slots=True)
 class Posted:
@@ -114,29 +84,6 @@ class Posted:
     """`run`, `claim`, `verdict`, `insight` or `hypothesis`."""
     ref: str
     """Id of the record; of the claim for a verdict."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A seed of a list that a lease is about to stand on."""
-
-    position: int
-    seed: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Who asks for a lease, and of what."""
-
-    scope: Scope
-    society: str
-    holder: str
-    variant: Variant
-    kind: RunKind
-    claim_id: str | None
-    ttl_s: float
-    idea: str = ""
 
 
 class Ledger:
@@ -280,50 +227,11 @@ class Ledger:
     def seeds(self, which: SeedList, scope: Scope, count: int) -> tuple[int, ...]:
         """The first `count` seeds of a list, drawn once and kept. For the harness, not a brain."""
         with self._db.read() as tx:
-            drawn = self._drawn(tx, which, scope, count)
-        if len(drawn) < count:
+            found = leases.drawn(tx, which, scope, count)
+        if len(found) < count:
             with self._db.write() as tx:
-                number = scope_number(tx, scope, create=True)
-                assert number is not None
-                for position in range(len(drawn), count):
-                    self._draw(tx, which, scope, number, position)
-                drawn = self._drawn(tx, which, scope, count)
-        return drawn
-
-    @staticmethod
-    def _drawn(tx: Connection, which: SeedList, scope: Scope, count: int) -> tuple[int, ...]:
-        number = scope_number(tx, scope, create=False)
-        query = (
-            select(seeds.c.seed)
-            .where(seeds.c.scope == number, seeds.c.list == which.value)
-            .order_by(seeds.c.position)
-            .limit(count)
-        )
-        return tuple(tx.execute(query).scalars())
-
-    @staticmethod
-    def _draw(tx: Connection, which: SeedList, scope: Scope, number: int, position: int) -> int:
-        """The seed at a position, drawn from the secret unless it was before."""
-        at = select(seeds.c.seed).where(
-            seeds.c.scope == number, seeds.c.list == which.value, seeds.c.position == position
-        )
-        known = tx.execute(at).scalar()
-        if known is not None:
-            return int(known)
-        secret = bytes.fromhex(
-            tx.execute(select(meta.c.value).where(meta.c.key == "secret")).scalar_one()
-        )
-        attempt = 0
-        while True:
-            seed = _hash(secret, [which.value, scope.task, scope.tier, position, attempt])
-            taken = select(seeds.c.seed).where(seeds.c.scope == number, seeds.c.seed == seed)
-            if tx.execute(taken).first() is None:
-                break
-            attempt += 1
-        tx.execute(
-            insert(seeds).values(scope=number, list=which.value, position=position, seed=seed)
-        )
-        return seed
+                found = leases.draw(tx, which, scope, count)
+        return found
 
     # --- leases --------------------------------------------------------------------------------
 
@@ -343,20 +251,11 @@ class Ledger:
             AlreadyLeased: a living lease holds the fingerprint.
             AlreadyRun: it was screened before, with any outcome; carries the run id.
         """
-        request = _Request(scope, society, holder, variant, RunKind.SCREENING, None, ttl_s, idea)
+        request = leases.Request(
+            scope, society, holder, variant, RunKind.SCREENING, ttl_s, idea=idea
+        )
         with self._db.write(durable=False) as tx:
-            number, fingerprint = self._known(tx, request)
-            seed = self._draw(tx, SeedList.SCREENING, scope, number, 0)
-            done = select(runs.c.id).where(
-                runs.c.scope == number,
-                runs.c.variant == fingerprint,
-                runs.c.kind == RunKind.SCREENING.value,
-                runs.c.seed == seed,
-            )
-            before = tx.execute(done).scalar()
-            if before is not None:
-                raise AlreadyRun(before, f"{variant.describe()} was screened as run {before}.")
-            return self._lease(tx, request, number, _Place(0, seed, 1), fingerprint, fingerprint)
+            return leases.lease_screening(tx, request)
 
     def lease_next_seed(
         self,
@@ -387,18 +286,19 @@ class Ledger:
             NotIndependent: the holder is the author.
             ClaimClosed: a verification of a claim that was rejected, superseded or rolled back.
         """
-        if kind not in POOL_KINDS:
+        if kind not in leases.POOL_KINDS:
             raise InvariantViolated(f"A {kind.value} run does not stand on verification seeds.")
-        request = _Request(scope, society, holder, variant, kind, claim_id, ttl_s)
-        return self._lease_next(request)
+        request = leases.Request(scope, society, holder, variant, kind, ttl_s, claim_id)
+        with self._db.write(durable=False) as tx:
+            return leases.lease_next_seed(tx, request)
 
     def lease_audit(
         self, scope: Scope, society: str, *, holder: str, variant: Variant, ttl_s: float
     ) -> Lease:
         """Lease the first audit seed that this variant has no result on, holdout split."""
-        return self._lease_next(
-            _Request(scope, society, holder, variant, RunKind.AUDIT, None, ttl_s)
-        )
+        request = leases.Request(scope, society, holder, variant, RunKind.AUDIT, ttl_s)
+        with self._db.write(durable=False) as tx:
+            return leases.lease_next_seed(tx, request)
 
     def lease_reproduction(
         self, scope: Scope, society: str, *, holder: str, claim_id: str, ttl_s: float
@@ -412,96 +312,11 @@ class Ledger:
             ClaimClosed: the claim was rejected, superseded or rolled back.
         """
         claim = self.claim(claim_id)
-        request = _Request(
-            scope, society, holder, claim.variant, RunKind.REPRODUCTION, claim_id, ttl_s
+        request = leases.Request(
+            scope, society, holder, claim.variant, RunKind.REPRODUCTION, ttl_s, claim_id
         )
         with self._db.write(durable=False) as tx:
-            number, fingerprint = self._known(tx, request)
-            made = select(runs.c.id, runs.c.outcome, runs.c.attempt).where(
-                runs.c.claim_id == claim_id, runs.c.kind == RunKind.REPRODUCTION.value
-            )
-            tries = tx.execute(made.order_by(runs.c.number)).mappings().all()
-            for row in tries:
-                if row["outcome"] != Outcome.CRASHED.value or row["attempt"] == 2:
-                    raise AlreadyRun(
-                        row["id"], f"Claim {claim_id} was reproduced as run {row['id']}."
-                    )
-            place = self._screened_at(tx, claim.screening_run, 1 + len(tries))
-            return self._lease(tx, request, number, place, f"reproduction:{claim_id}", fingerprint)
-
-    @staticmethod
-    def _screened_at(tx: Connection, run: str, attempt: int) -> _Place:
-        at = select(leases.c.position, leases.c.seed).where(leases.c.run_id == run)
-        row = tx.execute(at).mappings().one()
-        return _Place(row["position"], row["seed"], attempt)
-
-    def _lease_next(self, request: _Request) -> Lease:
-        which = _LISTS[request.kind][0]
-        with self._db.write(durable=False) as tx:
-            number, fingerprint = self._known(tx, request)
-            place = self._first_free(tx, request, number, fingerprint)
-            subject = f"{fingerprint}:{which.value}:{place.position}"
-            return self._lease(tx, request, number, place, subject, fingerprint)
-
-    def _first_free(
-        self, tx: Connection, request: _Request, number: int, fingerprint: str
-    ) -> _Place:
-        which = _LISTS[request.kind][0]
-        row = tx.execute(_free_seeds(request.kind, number, fingerprint)).mappings().first()
-        if row is not None:
-            return _Place(row["position"], row["seed"], 1 + row["crashes"])
-        drawn = select(func.count()).where(seeds.c.scope == number, seeds.c.list == which.value)
-        position = int(tx.execute(drawn).scalar_one())
-        return _Place(position, self._draw(tx, which, request.scope, number, position), 1)
-
-    @staticmethod
-    def _known(tx: Connection, request: _Request) -> tuple[int, str]:
-        number = scope_number(tx, request.scope, create=True)
-        assert number is not None
-        return number, keep_variant(tx, request.variant)
-
-    def _lease(
-        self,
-        tx: Connection,
-        request: _Request,
-        number: int,
-        place: _Place,
-        subject: str,
-        fingerprint: str,
-    ) -> Lease:
-        """Give the lease: end an expired one on the subject, then insert under the rules."""
-        _sweep(tx, number, subject)
-        which, split, _ = _LISTS[request.kind]
-        token = int(tx.execute(select(func.coalesce(func.max(leases.c.token), 0) + 1)).scalar_one())
-        row = (
-            tx.execute(
-                insert(leases)
-                .values(
-                    token=token,
-                    run_id=f"r{token:05d}",
-                    scope=number,
-                    society=request.society,
-                    holder=request.holder,
-                    subject=subject,
-                    kind=request.kind.value,
-                    variant=fingerprint,
-                    list=which.value,
-                    position=place.position,
-                    seed=place.seed,
-                    split=split.value,
-                    attempt=place.attempt,
-                    claim_id=request.claim_id,
-                    idea=request.idea,
-                    state=_LIVING,
-                    created_at=CLOCK,
-                    expires_at=CLOCK + request.ttl_s,
-                )
-                .returning(*leases.c)
-            )
-            .mappings()
-            .one()
-        )
-        return rows.to_lease(row, request.variant)
+            return leases.lease_reproduction(tx, request, claim.screening_run)
 
     def heartbeat(self, lease: Lease, ttl_s: float) -> Lease:
         """Prolong a lease to `ttl_s` seconds from now, also when it ran out and nobody took it.
@@ -510,24 +325,12 @@ class Ledger:
             LeaseLost: it was taken by somebody else, released or finished.
         """
         with self._db.write(visible=False, durable=False) as tx:
-            row = (
-                tx.execute(
-                    update(leases)
-                    .where(leases.c.token == lease.token, leases.c.state == _LIVING)
-                    .values(expires_at=CLOCK + ttl_s)
-                    .returning(*leases.c)
-                )
-                .mappings()
-                .first()
-            )
-        if row is None:
-            raise _lost(lease)
-        return rows.to_lease(row, lease.variant)
+            return leases.prolong(tx, lease, ttl_s)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back unused; does nothing when it has ended already."""
         with self._db.write(durable=False) as tx:
-            tx.execute(_end(LeaseState.RELEASED).where(leases.c.token == lease.token))
+            leases.release(tx, lease)
 
     def release_all(self, society: str) -> int:
         """End every living lease of a society and reopen the hypotheses it had taken.
@@ -538,31 +341,12 @@ class Ledger:
             How many leases were ended.
         """
         with self._db.write() as tx:
-            ended = tx.execute(_end(LeaseState.RELEASED).where(leases.c.society == society))
-            tx.execute(
-                update(hypotheses)
-                .where(
-                    hypotheses.c.taken_in == society,
-                    hypotheses.c.state == HypothesisState.TAKEN.value,
-                )
-                .values(state=HypothesisState.OPEN.value, taken_by=None, taken_in=None)
-            )
-            return int(ended.rowcount)
+            return leases.release_all(tx, society)
 
     def leases(self, scope: Scope) -> tuple[Lease, ...]:
         """Living leases, oldest first."""
         with self._db.read() as tx:
-            known = self._read_variants(tx)
-            number = scope_number(tx, scope, create=False)
-            living = (
-                select(leases)
-                .where(
-                    leases.c.scope == number, leases.c.state == _LIVING, leases.c.expires_at > CLOCK
-                )
-                .order_by(leases.c.token)
-            )
-            found = tx.execute(living).mappings()
-            return tuple(rows.to_lease(row, known[row["variant"]]) for row in found)
+            return leases.living(tx, scope, self._read_variants(tx))
 
     def finish(
         self,
@@ -579,9 +363,7 @@ class Ledger:
             LeaseLost: the token is stale, or the lease was finished or released before.
         """
         with self._db.write() as tx:
-            row = tx.execute(select(leases).where(leases.c.token == lease.token)).mappings().first()
-            if row is None or not _still(lease, row):
-                raise _lost(lease)
+            row = leases.held(tx, lease)
             values = rows.run_values(row, measurement, environment, budget)
             tx.execute(insert(runs).values(**values, finished_at=CLOCK))
         return self.run(lease.run_id)
@@ -619,9 +401,10 @@ class Ledger:
             assert number is not None
             by = Author(number, society, agent)
             for entry in entries:
-                write(tx, by, entry)
+                write(tx, by, rows.cleaned(entry))
             if activity is not None:
-                tx.execute(insert(activities).values(society=society, **asdict(activity)))
+                values = asdict(rows.cleaned(activity))
+                tx.execute(insert(activities).values(society=society, **values))
         return True
 
     # --- reading -------------------------------------------------------------------------------
@@ -678,8 +461,8 @@ class Ledger:
                 scopes.c.tier == scope.tier,
                 seeds.c.list == SeedList.VERIFICATION.value,
                 runs.c.variant == variant.fingerprint,
-                runs.c.kind.in_([kind.value for kind in POOL_KINDS]),
-                _counts(),
+                runs.c.kind.in_([kind.value for kind in leases.POOL_KINDS]),
+                leases.is_result(),
             )
             .order_by(seeds.c.position)
         )
@@ -870,91 +653,11 @@ class Ledger:
             return dict(self._verdicts)
 
 
-def _hash(secret: bytes, what: list[object]) -> int:
-    """31 bits of HMAC-SHA256."""
-    digest = hmac.new(secret, json.dumps(what).encode(), hashlib.sha256).digest()
-    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
-
-
 def _scope_of(scope: Scope) -> Any:
     return (
         select(scopes.c.number)
         .where(scopes.c.task == scope.task, scopes.c.tier == scope.tier)
         .scalar_subquery()
-    )
-
-
-def _counts() -> Any:
-    """SQL: a run is a result, not a first crash."""
-    return or_(runs.c.outcome != Outcome.CRASHED.value, runs.c.attempt == 2)
-
-
-def _free_seeds(kind: RunKind, number: int, fingerprint: str) -> Select[Any]:
-    """SQL: the first drawn seed without a result or a living lease, and its crashes so far."""
-    which, _, sharing = _LISTS[kind]
-    here = and_(
-        runs.c.scope == number,
-        runs.c.variant == fingerprint,
-        runs.c.kind.in_([one.value for one in sharing]),
-        runs.c.seed == seeds.c.seed,
-    )
-    subject: Any = literal_column(f"'{fingerprint}:{which.value}:' || seeds.position")
-    held = exists().where(
-        leases.c.scope == number,
-        leases.c.subject == subject,
-        leases.c.state == literal_column(f"'{_LIVING}'"),
-        leases.c.expires_at > CLOCK,
-    )
-    crashes = select(func.count()).select_from(runs).where(here).scalar_subquery()
-    return (
-        select(seeds.c.position, seeds.c.seed, crashes.label("crashes"))
-        .where(
-            seeds.c.scope == number,
-            seeds.c.list == which.value,
-            ~exists().where(here, _counts()),
-            ~held,
-        )
-        .order_by(seeds.c.position)
-        .limit(1)
-    )
-
-
-def _sweep(tx: Connection, number: int, subject: str) -> None:
-    """End an expired lease on a subject, or say who holds it.
-
-    Raises:
-        AlreadyLeased: the lease is living.
-    """
-    same = and_(leases.c.scope == number, leases.c.subject == subject)
-    tx.execute(_end(LeaseState.EXPIRED).where(same, leases.c.expires_at <= CLOCK))
-    held: RowMapping | None = (
-        tx.execute(select(leases).where(same, leases.c.state == _LIVING)).mappings().first()
-    )
-    if held is not None:
-        raise AlreadyLeased(
-            f"{held['holder']} holds the lease on this ({held['kind']} run {held['run_id']}) "
-            f"until {held['expires_at']:.0f}. Do something else, or wait."
-        )
-
-
-def _end(state: LeaseState) -> Any:
-    return update(leases).where(leases.c.state == _LIVING).values(state=state.value, ended_at=CLOCK)
-
-
-def _still(lease: Lease, row: RowMapping) -> bool:
-    """Whether a stored lease is living and the very one its holder was given.
-
-    After a power cut that took a lease with it, its token may name other work.
-    """
-    given = (lease.run_id, lease.holder, lease.subject, lease.kind.value, lease.seed)
-    stored = tuple(row[name] for name in ("run_id", "holder", "subject", "kind", "seed"))
-    return bool(row["state"] == _LIVING) and given == stored
-
-
-def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(
-        f"The lease on run {lease.run_id} (token {lease.token}, {lease.holder}) has ended: it was "
-        "finished or released before, or it expired and somebody else took the work."
     )
 
 

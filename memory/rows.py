@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import RowMapping
 
@@ -37,8 +37,25 @@ from society.records import (
     Verdict,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Record = TypeVar("_Record", bound="DataclassInstance")
+
 Variants = Mapping[str, Variant]
 """Variants by fingerprint."""
+
+
+def clean_text(text: str) -> str:
+    """Text that UTF-8 can hold: half of a surrogate pair becomes `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def cleaned(record: _Record) -> _Record:
+    """A frozen record with its own texts as UTF-8 can hold them; a variant in it is left alone."""
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    texts = {name: clean_text(value) for name, value in values.items() if type(value) is str}
+    return dataclasses.replace(record, **texts)
 
 
 def dump(record: object) -> str:
@@ -93,7 +110,7 @@ def run_values(
         "cost": dump(measurement.cost),
         "environment": environment_text(environment),
         "data_hash": measurement.data_hash,
-        "log_tail": measurement.log_tail,
+        "log_tail": clean_text(measurement.log_tail),
         "curve": json.dumps(measurement.curve),
     }
 

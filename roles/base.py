@@ -202,8 +202,8 @@ class Charter:
     """Fewest baseline seeds: the smallest champion pool the gate may be used with."""
     calibration_max: int = 100
     """Most baseline seeds."""
-    closing_runs: int = 12
-    """Runs kept at the end for deciding and confirming instead of new ideas."""
+    closing_runs: int = 9
+    """Runs kept at the end: what one more claim costs to verify, reproduce and confirm."""
     near: float = 0.02
     """Largest per-knob distance (unit scale) at which two variants count as the same experiment."""
     same_idea: float = 0.1

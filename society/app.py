@@ -26,7 +26,8 @@ from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
 from society.memory.recall import Recall
 from society.records import Crown, Scope, SocietyRecord, SocietyState, Variant
-from society.report import build_report, write_report
+from society.render import write_report
+from society.report import build_report
 from society.roles import Charter
 from society.settings import validate
 

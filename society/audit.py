@@ -18,7 +18,8 @@ from society.experiments.space import Space
 from society.experiments.task import load_task
 from society.memory.ledger import Ledger
 from society.records import Effect, Outcome, Run, RunKind, Scope, SocietyRecord, Variant, Work
-from society.report import build_report, write_report
+from society.render import write_report
+from society.report import build_report
 
 if TYPE_CHECKING:
     from society.experiments.executor import Executor

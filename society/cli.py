@@ -219,7 +219,7 @@ def _run(lab: Path, settings: Settings, *, resume: bool, live: bool, log: bool) 
 def _summary(ended: Ended, lab: Path) -> None:
     """A few sentences; the report's path is the last line."""
     from society.records import SocietyState
-    from society.report import headline_sentences
+    from society.wording import headline_sentences
 
     typer.echo("")
     for sentence in headline_sentences(ended.report):
@@ -339,7 +339,9 @@ def report(lab: Lab = LAB, as_json: Json = False) -> None:
     Example: society report --lab lab
     """
     from society.memory.folder import NotebookFolder
-    from society.report import build_report, headline_sentences, write_report
+    from society.render import write_report
+    from society.report import build_report
+    from society.wording import headline_sentences
 
     with opened(lab) as notebook:
         built = build_report(notebook.ledger, notebook.scope, notebook.task, notebook.space)

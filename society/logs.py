@@ -21,11 +21,10 @@ _SHARED: list[Processor] = [
 ]
 
 
-def configure(file: Path, *, society: str, console: bool) -> logging.Handler:
-    """Send logs to `file` as JSON lines and, if `console`, to stderr as readable lines.
+def configure(file: Path, *, society: str, console: bool) -> None:
+    """Send logs to `file` as JSON lines, and to stderr as readable lines.
 
-    Returns:
-        The file's handler; pass it to `close` when the society ends.
+    On stderr only warnings appear, unless `console` asks for every line.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger("society")
@@ -35,11 +34,9 @@ def configure(file: Path, *, society: str, console: bool) -> logging.Handler:
     to_file = logging.FileHandler(file, encoding="utf-8")
     to_file.setFormatter(_formatter(structlog.processors.JSONRenderer()))
     root.addHandler(to_file)
-    if console:
-        to_console = logging.StreamHandler(sys.stderr)
-        colours = sys.stderr.isatty()
-        to_console.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=colours)))
-        root.addHandler(to_console)
+    to_console = _Stderr(logging.INFO if console else logging.WARNING)
+    to_console.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())))
+    root.addHandler(to_console)
     structlog.configure(
         processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -48,7 +45,14 @@ def configure(file: Path, *, society: str, console: bool) -> logging.Handler:
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(society=society)
-    return to_file
+
+
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: a live view puts lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        sys.stderr.write(self.format(record) + "\n")
 
 
 def close() -> None:

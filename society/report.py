@@ -1,34 +1,20 @@
-"""The report: a frozen view of the ledger, and its rendering as Markdown and as one HTML file.
+"""What the ledger says: a frozen view of it, for `wording.py` to say and `render.py` to show.
 
 `build_report` derives every number from the ledger at that moment; it writes nothing, keeps
-nothing and reads no clock, so two reports of one notebook are equal. `write_report` renders a
-report. Whatever comes out of the ledger may be hostile (a log tail is whatever a candidate
-printed): control characters are removed, and text is escaped for the format it goes into.
-
-jinja2 and matplotlib are imported when a report is written.
+nothing and reads no clock, so two reports of one notebook are equal.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from society.experiments import gate
-from society.experiments.effects import (
-    DeadEnd,
-    KnobEffect,
-    dead_ends,
-    describe_dead_end,
-    knob_effects,
-)
+from society.experiments.effects import DeadEnd, KnobEffect, dead_ends, knob_effects
 from society.experiments.space import Space
 from society.experiments.task import Direction, Task, known_tasks
 from society.knobs import Scalar
@@ -53,18 +39,7 @@ from society.records import (
 )
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
-
     from society.memory.ledger import Ledger
-    from society.plots import PoolPoint
-
-MESSAGE_CHARS = 240
-"""Longest error message shown of a failed run."""
-INSIGHTS_SHOWN = 12
-"""Latest insights shown; earlier ones are mostly the same ones on fewer runs."""
-FAILURES_SHOWN = 60
-"""Failed runs listed one by one; the table of all runs has the rest."""
-
 
 STANDING = (Decision.ACCEPTED, Decision.CONFIRMED)
 """Latest decisions of a claim that stands accepted."""
@@ -128,8 +103,6 @@ class Finding:
     """A claim with all that is known about it."""
 
     claim: Claim
-    change: str
-    """What the variant changes against the reference, in words."""
     against: str
     """The reference: which champion it was, or its recipe."""
     decision: Decision | None
@@ -146,15 +119,6 @@ class Finding:
     """Verification runs so far."""
     reproduced: bool | None
     """Whether the screening run gave the same score again elsewhere; None if not tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A run that did not complete."""
-
-    run: Run
-    message: str
-    """Last line of its log tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +168,8 @@ class Report:
     patch: str | None
     findings: tuple[Finding, ...]
     """All claims in order of filing."""
-    failures: tuple[Failure, ...]
+    failures: tuple[Run, ...]
+    """The runs that did not complete."""
     effects: tuple[KnobEffect, ...]
     dead_ends: tuple[DeadEnd, ...]
     insights: tuple[Insight, ...]
@@ -231,9 +196,6 @@ class Report:
         return tuple(finding for finding in self.findings if finding.decision is None)
 
 
-# ------------------------------------------------------------------------------------ building
-
-
 def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Report:
     """Everything the ledger knows about one task on one tier, as it is now. Only reads."""
     runs = tuple(sorted(ledger.runs(scope), key=lambda run: run.number))
@@ -256,11 +218,7 @@ def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Repo
         recipe=_recipe(champion, space),
         patch=champion.patch,
         findings=_findings(claims, runs, [entry for entry, _ in champions]),
-        failures=tuple(
-            Failure(run, _last_line(run.log_tail))
-            for run in runs
-            if run.outcome is not Outcome.COMPLETED
-        ),
+        failures=tuple(run for run in runs if run.outcome is not Outcome.COMPLETED),
         effects=knob_effects(runs, space, {}, task.direction),
         dead_ends=dead_ends(runs, space, {}, task.direction),
         insights=tuple(ledger.insights(scope)),
@@ -430,7 +388,6 @@ def _finding(
     verdict = claim.verdict
     return Finding(
         claim=claim,
-        change=change_text(claim.variant, claim.reference),
         against=against,
         decision=verdict.decision if verdict is not None else None,
         effect=verdict.effect if verdict is not None else None,
@@ -548,360 +505,3 @@ def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts `agent-2` before `agent-10`."""
     parts = re.split(r"(\d+)", name)
     return tuple((1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts)
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in map(clean, text.splitlines()) if line]
-    line = lines[-1] if lines else ""
-    return line if len(line) <= MESSAGE_CHARS else line[: MESSAGE_CHARS - 1] + "…"
-
-
-# ------------------------------------------------------------------------------------ sentences
-
-
-def headline_sentences(report: Report) -> tuple[str, ...]:
-    """The headline in plain words, the most important sentence first."""
-    head, unit = report.headline, report.unit
-    if not report.runs:
-        return ("Nothing has been accepted: the notebook holds no run of this task yet.",)
-    if head.anything_accepted:
-        sentences = [_accepted_sentence(report)]
-        if head.gain is not None:
-            sentences.append(_gain_sentence("Gain", head.gain, unit, "common verification seeds"))
-        else:
-            sentences.append("The gain cannot be measured yet: no common verification seeds.")
-        if head.audit is not None:
-            sentences.append(_gain_sentence("Audit", head.audit, unit, "fresh seeds afterwards"))
-    else:
-        sentences = [_nothing_sentence(report)]
-    if head.best_screening is not None:
-        best = head.best_screening
-        sentences.append(
-            f"Best screening score: {number(best.score)} {unit} (run {best.id}, one seed, "
-            "validation split): not verified, and selected as the best of many."
-        )
-    return tuple(sentences)
-
-
-def _accepted_sentence(report: Report) -> str:
-    head = report.headline
-    return (
-        f"{_standing(head.accepted)} accepted: {report.metric} on the holdout went from "
-        f"{number(head.baseline.mean)} (baseline, {head.baseline.completed} seeds) to "
-        f"{number(head.champion.mean)} {report.unit} (champion, {head.champion.completed} seeds)."
-    )
-
-
-def _standing(claims: int) -> str:
-    return "1 claim stands" if claims == 1 else f"{claims} claims stand"
-
-
-def _nothing_sentence(report: Report) -> str:
-    accepted, rolled = report.headline.accepted, report.headline.rolled_back
-    if accepted:
-        return f"{_standing(accepted)} accepted, but the champion is still the baseline."
-    if rolled:
-        what = f"{rolled} accepted claim{'s were' if rolled > 1 else ' was'} rolled back"
-        return f"Nothing stands accepted: {what}, and the champion is the baseline."
-    filed, undecided = len(report.findings), len(report.undecided)
-    return (
-        "Nothing has been accepted: the champion is the baseline. "
-        f"{filed} claim{'s' if filed != 1 else ''} filed, {undecided} of them undecided."
-    )
-
-
-def _gain_sentence(name: str, effect: Effect, unit: str, seeds: str) -> str:
-    return (
-        f"{name}: {delta(effect.mean)} {unit}, anytime-valid 95 % interval {interval(effect)}, "
-        f"shrunken estimate {delta(effect.shrunken)}, paired on {effect.seeds} {seeds}."
-    )
-
-
-def number(value: float | None) -> str:
-    """A score for readers."""
-    if value is None:
-        return "–"
-    plain = value == 0 or 1e-2 <= abs(value) < 1e5
-    return f"{value:.4f}" if plain else f"{value:.4g}"
-
-
-def delta(value: float | None) -> str:
-    """An improvement for readers, with its sign."""
-    if value is None:
-        return "–"
-    if math.isinf(value):
-        return "+∞" if value > 0 else "−∞"
-    text = f"{value:+.4f}" if value == 0 or 5e-3 <= abs(value) < 1e5 else f"{value:+.2g}"
-    return text.replace("-", "−", 1)
-
-
-def interval(effect: Effect) -> str:
-    """An interval for readers."""
-    return f"[{delta(effect.low)}, {delta(effect.high)}]"
-
-
-def e_value(log_e: float | None) -> str:
-    """An e-value for readers."""
-    if log_e is None:
-        return "–"
-    return f"{math.exp(log_e):.3g}" if log_e < 20 else f"1e{log_e / math.log(10):.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `1 h 02 min`, `3 min 05 s` or `4.2 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def amount(value: float) -> str:
-    """A large count for readers, e.g. `1.2e12`."""
-    if value < 10_000:
-        return f"{value:.4g}"
-    return f"{value:.3e}".replace("e+0", "e").replace("e+", "e")
-
-
-def moment(seconds: float | None) -> str:
-    """Unix seconds as a date, UTC."""
-    if seconds is None:
-        return "–"
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def clean(text: object) -> str:
-    """Text on one line without control, direction-changing or half characters."""
-    plain = str(text).encode("utf-8", "replace").decode("utf-8")
-    plain = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", plain)
-    hidden = r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
-    return " ".join(re.sub(hidden, " ", plain).split())
-
-
-def change_text(variant: Variant, reference: Variant) -> str:
-    """What differs from the reference, e.g. `lr=0.08, -heads` (a knob back at the baseline's)."""
-    new, old = variant.overrides, reference.overrides
-    words = [f"{knob}={value}" for knob, value in sorted(new.items()) if old.get(knob) != value]
-    words += [f"-{knob}" for knob in sorted(old) if knob not in new]
-    if variant.patch != reference.patch:
-        words.append("patch" if variant.patch is not None else "-patch")
-    return ", ".join(words)
-
-
-def overrides_text(variant: Variant) -> str:
-    """A variant's overrides as a Python literal, for the reproduction command."""
-    return repr(dict(sorted(variant.overrides.items())))
-
-
-def shape_of_run(report: Report) -> Run | None:
-    """The run that the reproduction example repeats: the champion's own, else the best scored."""
-    scored = [run for run in report.runs if run.outcome is Outcome.COMPLETED]
-    champion = report.headline.champion.variant
-    own = [run for run in scored if run.variant == champion and run.variant.patch is None]
-    plain = [run for run in scored if run.variant.patch is None]
-    return next(iter(own or plain), None)
-
-
-def reproduction(report: Report) -> str:
-    """A script that repeats one run of the report, or nothing when no run can be repeated so."""
-    run = shape_of_run(report)
-    if run is None:
-        return ""
-    device = run.environment.device.split(":")[0]
-    return "\n".join(
-        [
-            "import asyncio",
-            "from society.experiments.executor import InlineExecutor",
-            "from society.experiments.space import variant",
-            "from society.experiments.task import load_task",
-            "from society.records import Budget, BudgetKind, Split, Work",
-            "",
-            f"task = load_task({report.loads_as!r}, {report.profile!r})",
-            f"overrides = {overrides_text(run.variant)}",
-            f"budget = Budget(BudgetKind({run.budget.kind.value!r}), {run.budget.amount!r})",
-            f"split = Split({run.split.value!r})",
-            f'work = Work("again", variant(task, overrides), {run.seed}, split, budget)',
-            "",
-            "async def again():",
-            f"    executor = InlineExecutor(task, {device!r})",
-            "    await executor.start()",
-            "    return await executor.run(work)",
-            "",
-            "measured = asyncio.run(again())",
-            f"print(measured.score, 'recorded as', {run.score!r})",
-        ]
-    )
-
-
-# ------------------------------------------------------------------------------------ rendering
-
-
-def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Write `report.md` (plots in `plots/*.svg`) and a self-contained `report.html`.
-
-    Each file is replaced whole (`os.replace`), the pages after their plots: a reader never sees
-    half a file.
-
-    Args:
-        report: What to render.
-        folder: Created when missing.
-
-    Returns:
-        The paths of the Markdown and the HTML file.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    from society.plots import standalone
-
-    plots = draw(report)
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
-    for name, svg in plots.items():
-        _replace(folder / "plots" / f"{name}.svg", standalone(svg))
-    markdown, html = folder / "report.md", folder / "report.html"
-    _replace(markdown, render(report, "md", plots))
-    _replace(html, render(report, "html", plots))
-    return markdown, html
-
-
-def draw(report: Report) -> dict[str, str]:
-    """The plots of a report by name, as inline SVG; what has nothing to show is left out."""
-    from society import plots
-
-    head = report.headline
-    lower = report.direction is Direction.MINIMISE
-    drawn = {
-        "progress": plots.progress(
-            report.runs, _points(report), lower_is_better=lower, metric=report.metric
-        ),
-        "claims": plots.forest(
-            [f.claim for f in report.findings],
-            unit=report.unit,
-            labels={f.claim.id: f.change for f in report.findings},
-        ),
-        "knobs": plots.knob_bars(report.effects, unit=report.unit),
-        "noise": plots.noise_histogram(head.baseline.scores, report.noise, metric=report.metric),
-        "timeline": plots.timeline(report.activities),
-    }
-    return {name: svg for name, svg in drawn.items() if svg is not None}
-
-
-def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
-    """The text of the report; `form` is `md` or `html`."""
-    from jinja2 import Environment as Templates
-    from jinja2 import PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    templates = Templates(
-        loader=PackageLoader("society", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters.update(_filters(form))
-    page = templates.get_template(f"report.{form}.j2")
-    return page.render(
-        report=report,
-        head=report.headline,
-        sentences=headline_sentences(report),
-        plots={name: Markup(svg) for name, svg in plots.items()},
-        accepted=report.decided(*STANDING),
-        closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
-        shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
-        shown_failures=report.failures[:FAILURES_SHOWN],
-        dead_ends=[describe_dead_end(end) for end in report.dead_ends],
-        script=reproduction(report),
-        script_run=shape_of_run(report),
-        fdr=gate.DEFAULTS.certified_fdr,
-    )
-
-
-def _points(report: Report) -> list[PoolPoint]:
-    from society.plots import PoolPoint
-
-    return [
-        PoolPoint(entry, pool.mean, pool.half_width, pool.completed)
-        for entry, pool in report.champions
-        if pool.mean is not None
-    ]
-
-
-def _filters(form: str) -> dict[str, Callable[..., Any]]:
-    return {
-        "number": number,
-        "delta": delta,
-        "spread": lambda value: f"{value:.3g}",
-        "interval": interval,
-        "e_value": e_value,
-        "duration": duration,
-        "amount": amount,
-        "moment": moment,
-        "overrides": overrides_text,
-        "json": lambda value: json.dumps(value, sort_keys=True, default=str),
-        "clean": clean,
-        "code": _code_md if form == "md" else _code_html,
-        "prose": _prose_md if form == "md" else _prose_html,
-        "fenced": _fenced,
-    }
-
-
-def _code_html(text: object) -> Markup:
-    from markupsafe import Markup, escape
-
-    return Markup("<code>{}</code>").format(escape(clean(text)))
-
-
-def _prose_html(text: object) -> Markup:
-    """Escaped text in which `...` is set as code."""
-    from markupsafe import Markup, escape
-
-    parts = re.split(r"`([^`]*)`", clean(text))
-    return Markup("").join(
-        _code_html(part) if index % 2 else escape(part) for index, part in enumerate(parts)
-    )
-
-
-def _code_md(text: object) -> Markup:
-    """A code span that its content cannot end, fit for a table cell."""
-    from markupsafe import Markup
-
-    plain = clean(text).replace("|", "\\|")
-    longest = max((len(ticks) for ticks in re.findall(r"`+", plain)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if not plain or plain[0] == "`" or plain[-1] == "`" else ""
-    return Markup(f"{fence}{pad}{plain}{pad}{fence}")  # a code span is inert
-
-
-def _prose_md(text: object) -> Markup:
-    """Text whose Markdown and HTML is made inert, in which `...` is set as code."""
-    from markupsafe import Markup
-
-    parts = re.split(r"`([^`]*)`", clean(text))
-    safe = (_code_md(p) if index % 2 else _inert(p) for index, p in enumerate(parts))
-    return Markup("".join(safe))  # every part is escaped above
-
-
-def _inert(text: str) -> str:
-    """Backslashes before what Markdown would read, entities for what HTML would."""
-    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text.replace("&", "&amp;"))
-    return text.replace("<", "&lt;").replace(">", "&gt;").replace("://", ":&#47;&#47;")
-
-
-def _fenced(text: str) -> Markup:
-    """Program text inside a fenced block of the Markdown report; it is ours, not the ledger's."""
-    from markupsafe import Markup
-
-    return Markup(text.replace("`", "'"))  # fenced, and without a fence of its own
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never a half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -459,6 +459,27 @@ def test_reading_filters(lab):
     assert lab.ledger.scopes() == (SCOPE,)
 
 
+def test_half_characters_are_written_as_question_marks(lab):
+    lease = lab.ledger.lease_screening(
+        SCOPE, lab.society, holder="ada", variant=VARIANT, ttl_s=60, idea="an \ud83d idea"
+    )
+    torn = dataclasses.replace(measured(), log_tail="torn \udcff tail, whole \U0001f600")
+    run = lab.ledger.finish(lease, torn, ENVIRONMENT, BUDGET)
+    assert (run.idea, run.log_tail) == ("an ? idea", "torn ? tail, whole \U0001f600")
+    claim = lab.claim()
+    closing = dataclasses.replace(verdict(claim.id, decision=Decision.REJECTED), reason="\ud800")
+    insight = NewInsight("\ud800!", (run.id,))
+    hypothesis = NewHypothesis("\udfff?", "\ud800.", VARIANT, 1.0)
+    done = Activity("cyd", "statistician", "judge", "c", 1.0, 2.0, "\udc00")
+    entries = [closing, insight, hypothesis]
+    lab.ledger.commit(SCOPE, lab.society, "cyd", entries, key="torn", activity=done)
+    assert lab.ledger.claim(claim.id).verdict.reason == "?"
+    assert lab.ledger.insights()[0].text == "?!"
+    (idea,) = lab.ledger.hypotheses()
+    assert (idea.statement, idea.rationale, idea.variant) == ("??", "?.", VARIANT)
+    assert lab.ledger.activities()[0].note == "?"
+
+
 # --- the same rules, around the Python API -------------------------------------------------------
 
 REWRITES = {

@@ -40,17 +40,16 @@ from society.records import (
     Verdict,
     Work,
 )
-from society.report import (
-    build_report,
+from society.render import render, write_report
+from society.report import build_report
+from society.wording import (
     change_text,
     clean,
     delta,
     headline_sentences,
     interval,
     number,
-    render,
     reproduction,
-    write_report,
 )
 
 HOSTILE = (
@@ -280,7 +279,8 @@ def test_findings_say_who_and_how(busy_lab):
     assert superseded.effect is None
     assert (still.decision, still.effect, still.log_e, still.verifications) == (None, None, None, 2)
     assert report.undecided == (still,)
-    assert [f.change for f in report.findings] == ["lr=0.08", "lr=0.02", "tied=True", "depth=3"]
+    changes = [change_text(f.claim.variant, f.claim.reference) for f in report.findings]
+    assert changes == ["lr=0.08", "lr=0.02", "tied=True", "depth=3"]
     assert [f.against for f in report.findings] == ["baseline"] * 3 + ["champion 1"]
     back = busy_lab.variant({"tied": True})
     assert change_text(back, busy_lab.variant(FASTER)) == "tied=True, -lr"
@@ -292,7 +292,7 @@ def test_sums_and_shares(busy_lab):
     assert (total.kind, total.runs, total.failed) == ("total", len(runs), 2)
     assert total.cost.tokens == sum(run.cost.tokens for run in runs)
     assert total.cost.wall_s == pytest.approx(sum(run.cost.wall_s for run in runs))
-    assert {f.run.outcome for f in report.failures} == {Outcome.DIVERGED, Outcome.CRASHED}
+    assert {run.outcome for run in report.failures} == {Outcome.DIVERGED, Outcome.CRASHED}
     assert sum(agent.runs for agent in report.agents) == len(runs)
     one = next(agent for agent in report.agents if agent.agent == "agent-1")
     assert (one.filed, one.accepted, one.verifications) == (4, 1, 0)

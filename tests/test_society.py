@@ -186,6 +186,16 @@ def test_goal_ends_the_society_early(tmp_path):
     assert result.report.headline.champion.mean <= 1.79
 
 
+def test_a_corrupted_index_is_said_once_and_survived(tmp_path, capfd):
+    (tmp_path / "recall").mkdir()
+    (tmp_path / "recall" / "chroma.sqlite3").write_bytes(b"not a database" * 100)
+    result = run(tmp_path, runs=24)
+    assert result.record.state is SocietyState.FINISHED
+    said = capfd.readouterr().err
+    assert said.count("recall is off") == 1
+    assert "society memory reindex" in said
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     folder = NotebookFolder(tmp_path)
     with folder.lock(), pytest.raises(NotebookInUse, match=str(os.getpid())):

@@ -1,0 +1,214 @@
+"""What a report says in words: its sentences, its numbers as text, and the reproduction script.
+
+Whatever comes out of the ledger may be hostile (a log tail is whatever a candidate printed):
+`clean` removes control characters. Escaping for a format is the business of `render.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from society.records import Outcome
+
+if TYPE_CHECKING:
+    from society.records import Effect, Run, Variant
+    from society.report import Report
+
+MESSAGE_CHARS = 240
+"""Longest error message shown of a failed run."""
+
+# ------------------------------------------------------------------------------------ sentences
+
+
+def headline_sentences(report: Report) -> tuple[str, ...]:
+    """The headline in plain words, the most important sentence first."""
+    head, unit = report.headline, report.unit
+    if not report.runs:
+        return ("Nothing has been accepted: the notebook holds no run of this task yet.",)
+    if head.anything_accepted:
+        sentences = [_accepted_sentence(report)]
+        if head.gain is not None:
+            sentences.append(_gain_sentence("Gain", head.gain, unit, "common verification seeds"))
+        else:
+            sentences.append("The gain cannot be measured yet: no common verification seeds.")
+        if head.audit is not None:
+            sentences.append(_gain_sentence("Audit", head.audit, unit, "fresh seeds afterwards"))
+    else:
+        sentences = [_nothing_sentence(report)]
+    if head.best_screening is not None:
+        best = head.best_screening
+        sentences.append(
+            f"Best screening score: {number(best.score)} {unit} (run {best.id}, one seed, "
+            "validation split): not verified, and selected as the best of many."
+        )
+    return tuple(sentences)
+
+
+def _accepted_sentence(report: Report) -> str:
+    head = report.headline
+    return (
+        f"{_standing(head.accepted)} accepted: {report.metric} on the holdout went from "
+        f"{number(head.baseline.mean)} (baseline, {head.baseline.completed} seeds) to "
+        f"{number(head.champion.mean)} {report.unit} (champion, {head.champion.completed} seeds)."
+    )
+
+
+def _standing(claims: int) -> str:
+    return "1 claim stands" if claims == 1 else f"{claims} claims stand"
+
+
+def _nothing_sentence(report: Report) -> str:
+    accepted, rolled = report.headline.accepted, report.headline.rolled_back
+    if accepted:
+        return f"{_standing(accepted)} accepted, but the champion is still the baseline."
+    if rolled:
+        what = f"{rolled} accepted claim{'s were' if rolled > 1 else ' was'} rolled back"
+        return f"Nothing stands accepted: {what}, and the champion is the baseline."
+    filed, undecided = len(report.findings), len(report.undecided)
+    return (
+        "Nothing has been accepted: the champion is the baseline. "
+        f"{filed} claim{'s' if filed != 1 else ''} filed, {undecided} of them undecided."
+    )
+
+
+def _gain_sentence(name: str, effect: Effect, unit: str, seeds: str) -> str:
+    return (
+        f"{name}: {delta(effect.mean)} {unit}, anytime-valid 95 % interval {interval(effect)}, "
+        f"shrunken estimate {delta(effect.shrunken)}, paired on {effect.seeds} {seeds}."
+    )
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+def number(value: float | None) -> str:
+    """A score for readers."""
+    if value is None:
+        return "–"
+    plain = value == 0 or 1e-2 <= abs(value) < 1e5
+    return f"{value:.4f}" if plain else f"{value:.4g}"
+
+
+def delta(value: float | None) -> str:
+    """An improvement for readers, with its sign."""
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    text = f"{value:+.4f}" if value == 0 or 5e-3 <= abs(value) < 1e5 else f"{value:+.2g}"
+    return text.replace("-", "−", 1)
+
+
+def interval(effect: Effect) -> str:
+    """An interval for readers."""
+    return f"[{delta(effect.low)}, {delta(effect.high)}]"
+
+
+def e_value(log_e: float | None) -> str:
+    """An e-value for readers."""
+    if log_e is None:
+        return "–"
+    return f"{math.exp(log_e):.3g}" if log_e < 20 else f"1e{log_e / math.log(10):.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1 h 02 min`, `3 min 05 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def amount(value: float) -> str:
+    """A large count for readers, e.g. `1.2e12`."""
+    if value < 10_000:
+        return f"{value:.4g}"
+    return f"{value:.3e}".replace("e+0", "e").replace("e+", "e")
+
+
+def moment(seconds: float | None) -> str:
+    """Unix seconds as a date, UTC."""
+    if seconds is None:
+        return "–"
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+# ------------------------------------------------------------------------------------ texts
+
+
+def clean(text: object) -> str:
+    """Text on one line without control, direction-changing or half characters."""
+    plain = str(text).encode("utf-8", "replace").decode("utf-8")
+    plain = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", plain)
+    hidden = r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+    return " ".join(re.sub(hidden, " ", plain).split())
+
+
+def last_line(text: str) -> str:
+    """The last line of a log that says anything, at most `MESSAGE_CHARS` long."""
+    lines = [line for line in map(clean, text.splitlines()) if line]
+    line = lines[-1] if lines else ""
+    return line if len(line) <= MESSAGE_CHARS else line[: MESSAGE_CHARS - 1] + "…"
+
+
+def change_text(variant: Variant, reference: Variant) -> str:
+    """What differs from the reference, e.g. `lr=0.08, -heads` (a knob back at the baseline's)."""
+    new, old = variant.overrides, reference.overrides
+    words = [f"{knob}={value}" for knob, value in sorted(new.items()) if old.get(knob) != value]
+    words += [f"-{knob}" for knob in sorted(old) if knob not in new]
+    if variant.patch != reference.patch:
+        words.append("patch" if variant.patch is not None else "-patch")
+    return ", ".join(words)
+
+
+def overrides_text(variant: Variant) -> str:
+    """A variant's overrides as a Python literal, for the reproduction command."""
+    return repr(dict(sorted(variant.overrides.items())))
+
+
+# ------------------------------------------------------------------------------------ reproduction
+
+
+def shape_of_run(report: Report) -> Run | None:
+    """The run that the reproduction example repeats: the champion's own, else the best scored."""
+    scored = [run for run in report.runs if run.outcome is Outcome.COMPLETED]
+    champion = report.headline.champion.variant
+    own = [run for run in scored if run.variant == champion and run.variant.patch is None]
+    plain = [run for run in scored if run.variant.patch is None]
+    return next(iter(own or plain), None)
+
+
+def reproduction(report: Report) -> str:
+    """A script that repeats one run of the report, or nothing when no run can be repeated so."""
+    run = shape_of_run(report)
+    if run is None:
+        return ""
+    device = run.environment.device.split(":")[0]
+    return "\n".join(
+        [
+            "import asyncio",
+            "from society.experiments.executor import InlineExecutor",
+            "from society.experiments.space import variant",
+            "from society.experiments.task import load_task",
+            "from society.records import Budget, BudgetKind, Split, Work",
+            "",
+            f"task = load_task({report.loads_as!r}, {report.profile!r})",
+            f"overrides = {overrides_text(run.variant)}",
+            f"budget = Budget(BudgetKind({run.budget.kind.value!r}), {run.budget.amount!r})",
+            f"split = Split({run.split.value!r})",
+            f'work = Work("again", variant(task, overrides), {run.seed}, split, budget)',
+            "",
+            "async def again():",
+            f"    executor = InlineExecutor(task, {device!r})",
+            "    await executor.start()",
+            "    return await executor.run(work)",
+            "",
+            "measured = asyncio.run(again())",
+            f"print(measured.score, 'recorded as', {run.score!r})",
+        ]
+    )
