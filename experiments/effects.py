@@ -277,7 +277,7 @@ def _fit(table: _Table) -> _Fit | None:
     """Bayesian ridge on the completed runs, refitted once with winsorised residuals."""
     import numpy as np
     from sklearn.linear_model import BayesianRidge
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     columns, design = _design(table)
     if design.shape[1] == 0:

@@ -16,7 +16,7 @@ finished are already recorded, so derive what is left to do from the notebook.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Role(ABC):
 class Charter:
     """The rules a society works by that roles need to know."""
 
-    patience: int = 3
+    patience: int = 1
     """Screening runs the best proposal must stand unbeaten before it becomes a claim."""
     calibration_share: float = 0.1
     """Share of the budget spent on baseline seeds before the search starts."""
@@ -204,6 +204,10 @@ class Charter:
     """Most baseline seeds."""
     closing_runs: int = 9
     """Runs kept at the end: what one more claim costs to verify, reproduce and confirm."""
+    explain_share: float = 0.25
+    """Share of the budget, at its end, in which the champion's changes are tried one by one."""
+    explain_most: int = 8
+    """Most changes that are tried alone."""
     near: float = 0.02
     """Largest per-knob distance (unit scale) at which two variants count as the same experiment."""
     same_idea: float = 0.1
@@ -212,4 +216,3 @@ class Charter:
     """Screening runs after which the meta-analyst reads the results again."""
     retries: int = 4
     """How often a brain is asked again after a duplicate."""
-    roles: tuple[str, ...] = field(default=())

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from society.experiments import gate
+from society.experiments.effects import knob_effects
 from society.records import HypothesisTested, NewClaim
 from society.roles.base import Duty, Lab, Outcome, Proposal, Role
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from society.records import Hypothesis, Run, Variant
     from society.roles.base import Knowledge
-    from society.roles.view import View
+    from society.roles.view import Candidate, View
 
 
 class Experimenter(Role):
@@ -29,29 +30,28 @@ class Experimenter(Role):
     about: ClassVar[str] = "proposes variants, screens them, files claims"
 
     def duties(self, view: View) -> Sequence[Duty]:
-        """`propose` while the budget allows new ideas, `publish` for a standing winner."""
-        duties = []
-        if self._standing_winner(view):
-            run, delta = view.winners[0]
-            why = f"{delta:+.4f} in screening"
-            duties.append(Duty(self.name, "publish", run.id, value=95, why=why))
-        if view.noise and view.champion_screening is not None and not view.closing:
-            duties.append(
-                Duty(
-                    self.name,
-                    "propose",
-                    value=50,
-                    needs_slot=True,
-                    crew=view.budget.runs,
-                    why="a new idea",
-                )
-            )
+        """`publish` for what stands, `propose` and, near the end, `isolate` for new runs."""
+        duties = [
+            Duty(self.name, "publish", one.run.id, value=95, why=f"{one.delta:+.4f} in screening")
+            for one in publishable(view)[:1]
+        ]
+        if view.noise is None or view.champion_screening is None or view.closing:
+            return duties
+        room = view.budget.runs
+        duties.append(
+            Duty(self.name, "propose", value=50, needs_slot=True, crew=room, why="a new idea")
+        )
+        if view.explaining and view.untried_alone and tried_alone(view) < view.charter.explain_most:
+            why = "one of the champion's changes alone"
+            duties.append(Duty(self.name, "isolate", value=52, needs_slot=True, crew=room, why=why))
         return duties
 
     async def perform(self, duty: Duty, lab: Lab) -> Outcome:
         """File a claim, or find something new and screen it."""
         if duty.kind == "publish":
             return self._publish(lab.view, duty.subject)
+        if duty.kind == "isolate":
+            return await self._isolate(lab)
         for hypothesis in lab.open_hypotheses():
             if is_new(hypothesis.variant, lab.knowledge()):
                 return await self._test(hypothesis, lab)
@@ -62,33 +62,31 @@ class Experimenter(Role):
         return Outcome(note=tell(run, lab.view))
 
     @staticmethod
-    def _standing_winner(view: View) -> bool:
-        if not view.winners or view.budget.runs < gate.DEFAULTS.n_min:
-            return False
-        run, delta = view.winners[0]
-        rivals = view.open_claims
-        if any(claim.screening_delta >= delta for claim in rivals):
-            return False
-        if view.family_of(run.variant) in {claim.family for claim in rivals}:
-            return False
-        return view.closing or view.since(run) >= view.charter.patience
-
-    @staticmethod
     def _publish(view: View, run_id: str) -> Outcome:
-        found = {run.id: (run, delta) for run, delta in view.winners}
+        found = {one.run.id: one for one in (*view.single_changes, *view.winners)}
         if run_id not in found:
-            return Outcome(note="no longer ahead of the champion")
-        run, delta = found[run_id]
-        family = view.family_of(run.variant)
+            return Outcome(note="no longer ahead")
+        candidate = found[run_id]
+        family = view.family_of(candidate.run.variant)
         claim = NewClaim(
-            screening_run=run.id,
-            reference_variant=view.champion.variant,
-            screening_delta=delta,
+            screening_run=run_id,
+            reference_variant=candidate.reference,
+            screening_delta=candidate.delta,
             family=family,
             alpha=view.alpha(),
             carried_log_e=view.family_capital(family),
         )
-        return Outcome((claim,), note=f"claims {run.variant.describe()}")
+        return Outcome((claim,), note=f"claims {candidate.run.variant.describe()}")
+
+    @staticmethod
+    async def _isolate(lab: Lab) -> Outcome:
+        """Screen the change that the runs so far say the most for."""
+        view = lab.view
+        if not view.untried_alone:
+            return Outcome(note="all of the champion's changes have been tried alone")
+        variant = most_promising_alone(view)
+        run = await lab.screen(variant, "One of the champion's changes alone.")
+        return Outcome(note=f"alone: {tell(run, lab.view)}")
 
     @staticmethod
     async def _test(hypothesis: Hypothesis, lab: Lab) -> Outcome:
@@ -111,6 +109,46 @@ class Experimenter(Role):
                 return with_evidence(proposal, lab)
             spare = spare or proposal
         return spare
+
+
+def publishable(view: View) -> list[Candidate]:
+    """What should become a claim now, the most urgent first.
+
+    A winner must have stood unbeaten for a while and must be better than what is under test. Single
+    changes are claimed against the baseline once the search is over, so that the report can say
+    which changes help by themselves.
+    """
+    if view.budget.runs < gate.DEFAULTS.n_min:
+        return []
+    found = [one for one in view.winners[:1] if _stands(view, one)]
+    if view.explaining:
+        found += view.single_changes
+    busy = {claim.family for claim in view.open_claims}
+    return [one for one in found if view.family_of(one.run.variant) not in busy]
+
+
+def _stands(view: View, winner: Candidate) -> bool:
+    contested = view.champion.variant.fingerprint
+    rivals = [c for c in view.open_claims if c.reference.fingerprint == contested]
+    if any(claim.screening_delta >= winner.delta for claim in rivals):
+        return False
+    return view.closing or view.since(winner.run) >= view.charter.patience
+
+
+def tried_alone(view: View) -> int:
+    """How many of the champion's changes have been tried, or are being tried, alone."""
+    return len(view.champion.variant.overrides) - len(view.untried_alone)
+
+
+def most_promising_alone(view: View) -> Variant:
+    """The champion's untried single change that the regression over all runs expects most of."""
+    effects = knob_effects(view.screenings, view.space, {}, view.task.direction)
+    expected = {effect.knob: effect.delta for effect in effects}
+
+    def hope(variant: Variant) -> float:
+        return sum(expected.get(knob, 0.0) for knob in variant.overrides)
+
+    return max(view.untried_alone, key=hope)
 
 
 def is_new(variant: Variant, knowledge: Knowledge, tolerance: float | None = None) -> bool:

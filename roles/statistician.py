@@ -157,7 +157,11 @@ def measure_noise(view: View) -> Outcome:
 
 
 def judge(view: View, judge_name: str, claim: Claim) -> Outcome:
-    """Close a claim; an acceptance crowns its variant and makes the other open claims moot."""
+    """Close a claim.
+
+    An acceptance against the champion crowns the variant and makes the champion's other rivals
+    moot; one against another reference (a single change against the baseline) is a finding.
+    """
     assessment = view.assessments.get(claim.id)
     if assessment is None or not is_ripe(view, claim):
         return Outcome(note=f"{claim.id} is not ripe")
@@ -173,15 +177,20 @@ def judge(view: View, judge_name: str, claim: Claim) -> Outcome:
         judge_name,
     )
     entries: list[Entry] = [verdict]
-    if accepted:
+    if accepted and claim.reference.fingerprint == view.champion.variant.fingerprint:
         entries.append(Crown(claim.variant, claim.id, claim.screening_run))
-        entries += (supersede(view, judge_name, other) for other in others(view, claim))
+        entries += (
+            supersede(view, judge_name, other)
+            for other in claims_against(view, claim.reference)
+            if other.id != claim.id
+        )
     return Outcome(tuple(entries), note=f"{claim.id} {verdict.decision.value}: {verdict.reason}")
 
 
-def others(view: View, claim: Claim) -> list[Claim]:
-    """The other open claims."""
-    return [other for other in view.open_claims if other.id != claim.id]
+def claims_against(view: View, reference: Variant) -> list[Claim]:
+    """The open claims that somebody beats `reference`."""
+    mark = reference.fingerprint
+    return [claim for claim in view.open_claims if claim.reference.fingerprint == mark]
 
 
 def supersede(view: View, judge_name: str, claim: Claim) -> Verdict:
@@ -229,7 +238,8 @@ def end_probation(view: View, judge_name: str) -> Outcome:
     entries: list[Entry] = [verdict]
     if withdrawn:
         entries.append(restore(view, claim))
-        entries += (supersede(view, judge_name, other) for other in others(view, claim))
+        moot = claims_against(view, claim.variant)
+        entries += (supersede(view, judge_name, other) for other in moot)
     return Outcome(tuple(entries), note=f"{claim.id} {decision.value}: {reason}")
 
 

@@ -6,21 +6,33 @@ its facts are computed when first asked for.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from society.errors import InvariantViolated
+from society.errors import InvalidVariant, InvariantViolated
 from society.experiments import gate
 from society.records import Decision, Outcome, RunKind, Variant
 from society.roles.base import BudgetLeft, Charter, Knowledge, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from society.experiments.space import Space
     from society.experiments.task import Task
     from society.memory.ledger import Ledger
     from society.records import Champion, Claim, Lease, Noise, Run, Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A screening run that could become a claim."""
+
+    run: Run
+    reference: Variant
+    delta: float
+    """Improvement over the reference on the same screening seed, in the metric."""
 
 
 class View:
@@ -106,23 +118,53 @@ class View:
         return self.task.direction.improvement(reference, run.score)
 
     @cached_property
-    def winners(self) -> tuple[tuple[Run, float], ...]:
+    def winners(self) -> tuple[Candidate, ...]:
         """Screening runs that could become a claim against the champion, best first."""
-        if self.noise is None:
-            return ()
         settled = {
             claim.variant.fingerprint
             for claim in self.claims
             if claim.is_open or claim.verdict_is(Decision.REJECTED, Decision.ROLLED_BACK)
         } | {entry.variant.fingerprint for entry in self.ledger.champions(self.scope)}
-        found = []
-        for run in self.screenings:
-            delta = self.screening_delta(run)
-            if delta is None or run.variant.fingerprint in settled:
-                continue
-            if gate.worth_filing(delta, self.noise.sd):
-                found.append((run, delta))
-        return tuple(sorted(found, key=lambda pair: -pair[1]))
+        fresh = [run for run in self.screenings if run.variant.fingerprint not in settled]
+        return self._candidates(fresh, self.champion.variant)
+
+    @cached_property
+    def single_changes(self) -> tuple[Candidate, ...]:
+        """Screening runs of one change alone that could become a claim against the baseline."""
+        if self.champion.variant.is_baseline:
+            return ()
+        settled = {claim.variant.fingerprint for claim in self.claims}
+        alone = [
+            run
+            for run in self.screenings
+            if len(run.variant.overrides) == 1 and run.variant.fingerprint not in settled
+        ]
+        return self._candidates(alone, self.baseline)
+
+    def _candidates(self, runs: Sequence[Run], reference: Variant) -> tuple[Candidate, ...]:
+        """Those that beat `reference` on the same seed by enough to be worth a claim."""
+        level = self.screening_scores.get(reference.fingerprint)
+        if self.noise is None or level is None:
+            return ()
+        better = self.task.direction.improvement
+        found = [
+            Candidate(run, reference, better(level, run.score))
+            for run in runs
+            if run.score is not None
+        ]
+        worth = [one for one in found if gate.worth_filing(one.delta, self.noise.sd)]
+        return tuple(sorted(worth, key=lambda one: -one.delta))
+
+    @cached_property
+    def untried_alone(self) -> tuple[Variant, ...]:
+        """Each of the champion's changes alone, where nobody has screened that yet."""
+        known = {run.variant.fingerprint for run in self.screenings}
+        known |= {lease.variant.fingerprint for lease in self.leases}
+        alone = []
+        for knob, value in self.champion.variant.overrides.items():
+            with suppress(InvalidVariant):  # the recipe may refuse one change without another
+                alone.append(self.space.variant(self.task.key, {knob: value}))
+        return tuple(variant for variant in alone if variant.fingerprint not in known)
 
     def since(self, run: Run) -> int:
         """Screening runs that finished after `run`."""
@@ -220,6 +262,12 @@ class View:
     def closing(self) -> bool:
         """Whether what is left of the budget is kept for deciding and confirming."""
         return self.budget.runs <= self.charter.closing_runs
+
+    @property
+    def explaining(self) -> bool:
+        """Whether the search is over and the champion's changes are looked at one by one."""
+        left = self.charter.explain_share * self.budget.total
+        return not self.champion.variant.is_baseline and self.budget.runs <= left
 
     @property
     def calibration_target(self) -> int:

@@ -119,6 +119,7 @@ def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
         sentences=headline_sentences(report),
         plots={name: Markup(svg) for name, svg in plots.items()},
         accepted=report.decided(*STANDING),
+        crowned={entry.claim_id for entry, _ in report.champions},
         closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
         shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
         shown_failures=report.failures[:FAILURES_SHOWN],

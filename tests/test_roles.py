@@ -325,3 +325,59 @@ def test_unknown_roles_are_refused_with_the_known_ones():
         load_role("society.roles.base:Nothing")
     with pytest.raises(UsageError, match="not a subclass"):
         load_role("society.records:Variant")
+
+
+# ------------------------------------------------------------------------------ single changes
+
+
+@pytest.fixture
+def explained(opened):
+    """A confirmed champion with two changes, in the last quarter of the budget."""
+    scene, _ = opened
+    claim = scene.claim(scene.variant(depth=2, width=48), 1.74, 0.06)
+    accepted(scene, claim)
+    scene.measure(claim.variant, *(1.80 + NOISE * (-1) ** i - 0.06 for i in range(4)))
+    end(scene)
+    return scene
+
+
+def test_near_the_end_the_champions_changes_are_tried_alone(explained):
+    view = explained.view(left=40)
+    assert view.explaining
+    assert [variant.describe() for variant in view.untried_alone] == ["width=48"]
+    assert "isolate" in kinds(Experimenter().duties(view))
+    assert "isolate" not in kinds(Experimenter().duties(explained.view(left=60)))
+
+
+def test_a_single_change_is_claimed_against_the_baseline_and_crowns_nobody(explained):
+    champion = explained.view().champion
+    explained.screen(explained.variant(width=48), 1.80 - NOISE, agent="a05")
+    duties = Experimenter().duties(explained.view(left=40))
+    [duty] = [duty for duty in duties if duty.kind == "publish"]
+    bench = Bench(explained)
+    bench.view = explained.view(left=40)
+    [filed] = asyncio.run(Experimenter().perform(duty, bench)).entries
+    assert filed.reference_variant.is_baseline
+    explained.commit(filed)
+    claim = explained.ledger.claims(SCOPE)[-1]
+    convincing(explained, claim)
+    explained.reproduce(claim.id, 1.80 - NOISE)
+    assert settle(explained, claim.id).verdict_is(Decision.ACCEPTED)
+    assert explained.view().champion == champion
+    assert kinds(Statistician().duties(explained.view())) == []
+
+
+def test_an_acceptance_against_the_champion_leaves_single_changes_open(explained):
+    explained.screen(explained.variant(width=48), 1.80 - NOISE, agent="a05")
+    run = explained.view().screenings[-1]
+    explained.commit(NewClaim(run.id, explained.base, NOISE, 9, 0.05, 0.0))
+    single = explained.ledger.claims(SCOPE)[-1]
+    better = explained.claim(explained.variant(depth=2, width=48, lr=0.06), 1.60, 0.13)
+    explained.measure(
+        better.variant, *(1.80 + NOISE * (-1) ** i - 0.12 for i in range(4)),
+        kind=RunKind.VERIFICATION, claim=better.id,
+    )  # fmt: skip
+    explained.reproduce(better.id, 1.60)
+    settle(explained, better.id)
+    assert explained.view().champion.variant == better.variant
+    assert explained.ledger.claim(single.id).is_open
