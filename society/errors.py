@@ -15,7 +15,9 @@ SocietyError                 anything the user can act on; the command prints it
 │   └── LeaseLost            it expired or was fenced off
 ├── InvariantViolated        the ledger refused a write that breaks a rule of the design
 │   └── NotIndependent       an author may not make the evidence of their own claim
-└── ExecutorError            the workers cannot run experiments at all
+├── ExecutorError            the workers cannot run experiments at all
+└── of the trainer, in society.model: CorpusUnavailable, BadTokens, BadWeights, BadScore, Diverged
+    (the last three end as a run's outcome, not as an error of the command)
 """
 
 from __future__ import annotations
