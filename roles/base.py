@@ -204,9 +204,9 @@ class Charter:
     """Most baseline seeds."""
     closing_runs: int = 9
     """Runs kept at the end: what one more claim costs to verify, reproduce and confirm."""
-    explain_share: float = 0.25
+    explain_share: float = 0.2
     """Share of the budget, at its end, in which the champion's changes are tried one by one."""
-    explain_most: int = 8
+    explain_most: int = 6
     """Most changes that are tried alone."""
     near: float = 0.02
     """Largest per-knob distance (unit scale) at which two variants count as the same experiment."""

@@ -332,7 +332,7 @@ def test_unknown_roles_are_refused_with_the_known_ones():
 
 @pytest.fixture
 def explained(opened):
-    """A confirmed champion with two changes, in the last quarter of the budget."""
+    """A confirmed champion with two changes, in the last fifth of the budget."""
     scene, _ = opened
     claim = scene.claim(scene.variant(depth=2, width=48), 1.74, 0.06)
     accepted(scene, claim)
