@@ -194,7 +194,7 @@ class Role(ABC):
 class Charter:
     """The rules a society works by that roles need to know."""
 
-    patience: int = 1
+    patience: int = 2
     """Screening runs the best proposal must stand unbeaten before it becomes a claim."""
     calibration_share: float = 0.1
     """Share of the budget spent on baseline seeds before the search starts."""

@@ -86,7 +86,8 @@ class Experimenter(Role):
             return Outcome(note="all of the champion's changes have been tried alone")
         variant = most_promising_alone(view)
         run = await lab.screen(variant, "One of the champion's changes alone.")
-        return Outcome(note=f"alone: {tell(run, lab.view)}")
+        score = run.outcome.value if run.score is None else f"{run.score:.4f}"
+        return Outcome(note=f"alone: {variant.describe()}: {score}")
 
     @staticmethod
     async def _test(hypothesis: Hypothesis, lab: Lab) -> Outcome:
@@ -115,21 +116,20 @@ def publishable(view: View) -> list[Candidate]:
     """What should become a claim now, the most urgent first.
 
     A winner must have stood unbeaten for a while and must be better than what is under test. Single
-    changes are claimed against the baseline once the search is over, so that the report can say
-    which changes help by themselves.
+    changes are claimed against the baseline once the search is over, one at a time and while there
+    is budget to decide, so that the report can say which changes help by themselves.
     """
     if view.budget.runs < gate.DEFAULTS.n_min:
         return []
     found = [one for one in view.winners[:1] if _stands(view, one)]
-    if view.explaining:
+    if view.explaining and not view.closing and not view.claims_against(view.baseline):
         found += view.single_changes
     busy = {claim.family for claim in view.open_claims}
     return [one for one in found if view.family_of(one.run.variant) not in busy]
 
 
 def _stands(view: View, winner: Candidate) -> bool:
-    contested = view.champion.variant.fingerprint
-    rivals = [c for c in view.open_claims if c.reference.fingerprint == contested]
+    rivals = view.claims_against(view.champion.variant)
     if any(claim.screening_delta >= winner.delta for claim in rivals):
         return False
     return view.closing or view.since(winner.run) >= view.charter.patience

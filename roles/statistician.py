@@ -181,16 +181,10 @@ def judge(view: View, judge_name: str, claim: Claim) -> Outcome:
         entries.append(Crown(claim.variant, claim.id, claim.screening_run))
         entries += (
             supersede(view, judge_name, other)
-            for other in claims_against(view, claim.reference)
+            for other in view.claims_against(claim.reference)
             if other.id != claim.id
         )
     return Outcome(tuple(entries), note=f"{claim.id} {verdict.decision.value}: {verdict.reason}")
-
-
-def claims_against(view: View, reference: Variant) -> list[Claim]:
-    """The open claims that somebody beats `reference`."""
-    mark = reference.fingerprint
-    return [claim for claim in view.open_claims if claim.reference.fingerprint == mark]
 
 
 def supersede(view: View, judge_name: str, claim: Claim) -> Verdict:
@@ -238,7 +232,7 @@ def end_probation(view: View, judge_name: str) -> Outcome:
     entries: list[Entry] = [verdict]
     if withdrawn:
         entries.append(restore(view, claim))
-        moot = claims_against(view, claim.variant)
+        moot = view.claims_against(claim.variant)
         entries += (supersede(view, judge_name, other) for other in moot)
     return Outcome(tuple(entries), note=f"{claim.id} {decision.value}: {reason}")
 

@@ -184,6 +184,11 @@ class View:
         waiting = [claim for claim in self.claims if claim.is_open]
         return tuple(sorted(waiting, key=lambda claim: -claim.screening_delta))
 
+    def claims_against(self, reference: Variant) -> list[Claim]:
+        """The open claims that somebody beats `reference`."""
+        mark = reference.fingerprint
+        return [claim for claim in self.open_claims if claim.reference.fingerprint == mark]
+
     @cached_property
     def assessments(self) -> Mapping[str, gate.Assessment]:
         """The gate's opinion on each open claim, by claim id."""

@@ -119,7 +119,7 @@ def run(
         int | None,
         typer.Option(
             help="Screening runs that a result must stand unbeaten to be claimed.",
-            show_default="1",
+            show_default="2",
         ),
     ] = None,
     lab: Lab = LAB,

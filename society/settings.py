@@ -48,7 +48,7 @@ class Settings(BaseModel):
     """Training runs at a time; None for one per core."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where training runs."""
-    patience: Annotated[int, Field(ge=0)] = 1
+    patience: Annotated[int, Field(ge=0)] = 2
     """Screening runs that the best proposal must stand unbeaten before a claim is filed."""
 
     @model_validator(mode="after")
