@@ -108,6 +108,16 @@ def _beta_fraction(a: float, b: float, x: float) -> float:
     return value
 
 
+def student_t_quantile(p: float, nu: float) -> float:
+    """The t with P(T <= t) = p, for 0.5 <= p < 1 and `nu` > 0 degrees of freedom."""
+    if not 0.5 <= p < 1:
+        raise ValueError(f"a probability of at least 0.5 and below 1 is needed, got {p}")
+    high = 2.0
+    while student_t_cdf(high, nu) < p:
+        high *= 2
+    return _bisect(lambda t: student_t_cdf(t, nu) < p, 0.0, high)
+
+
 def chi_square_quantile(p: float, nu: float) -> float:
     """The x with P(chi² <= x) = p, for 0 < p < 1 and `nu` > 0 degrees of freedom."""
     if not 0 < p < 1:

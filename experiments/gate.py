@@ -300,6 +300,36 @@ def paired_gain(
     return _effect([_compare_paired(differences, settings)], len(pairs))
 
 
+def expected_gain(
+    baseline: Mapping[int, float | None],
+    champion: Mapping[int, float | None],
+    seeds: int,
+    direction: int = LOWER_IS_BETTER,
+    settings: GateSettings = DEFAULTS,
+) -> tuple[float, float]:
+    """Where the mean gain on `seeds` other seeds will lie with 95 % probability.
+
+    A prediction interval for normal differences. The interval of `paired_gain` is about the true
+    gain; the mean of a few new seeds has noise of its own and misses that interval more often.
+
+    Raises:
+        ValueError: Fewer than two common seeds, or a failed run that nothing can place.
+    """
+    common = [seed for seed in baseline if seed in champion]
+    evidence = Evidence(
+        {seed: baseline[seed] for seed in common},
+        {seed: champion[seed] for seed in common},
+        direction=direction,
+    )
+    sample = _Sample.of(evidence, settings)
+    if sample is None or len(common) < 2:
+        raise ValueError("a prediction needs two common seeds")
+    now = _compare_paired(sample.differences, settings)
+    reach = evalue.student_t_quantile(1 - _CONFIDENCE / 2, now.nu)
+    reach *= math.sqrt(now.s2 * (1 / len(common) + 1 / seeds))
+    return now.d - reach, now.d + reach
+
+
 # --------------------------------------------------------------------------- inside
 
 

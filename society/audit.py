@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from society.errors import LeaseError, UsageError
+from society.experiments import gate
 from society.experiments.local import LocalExecutor
 from society.experiments.space import Space
 from society.experiments.task import load_task
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from society.experiments.executor import Executor
     from society.experiments.task import Task
     from society.memory.folder import NotebookFolder
-    from society.report import Report
 
 LEASE_S = 3600.0
 HOLDER = "auditor"
@@ -42,14 +42,24 @@ class AuditResult:
     """The gain as the report states it, on the verification seeds."""
     audited: Effect
     """The gain on the audit seeds."""
+    expected: tuple[float, float]
+    """Where the audited mean lies in 95 % of cases if the reported seeds are representative."""
     unit: str
     markdown: Path
     html: Path
 
     @property
     def confirmed(self) -> bool:
-        """Whether the audited mean lies within the reported interval."""
-        return self.reported.low <= self.audited.mean <= self.reported.high
+        """Whether the audited mean is one that the reported seeds let expect."""
+        return self.expected[0] <= self.audited.mean <= self.expected[1]
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words."""
+        if self.confirmed:
+            return "confirms the reported gain"
+        found = "LESS" if self.audited.mean < self.expected[0] else "more"
+        return f"finds {found} than was reported: believe the audit"
 
 
 def audit(
@@ -82,15 +92,13 @@ def audit(
         scope = asyncio.run(_runs(ledger, record, task, executor, seeds, progress))
         report = build_report(ledger, scope, task, Space.of(task))
         markdown, html = write_report(report, folder.report)
-    return _result(report, seeds, task.unit, markdown, html)
-
-
-def _result(report: Report, seeds: int, unit: str, markdown: Path, html: Path) -> AuditResult:
-    head = report.headline
-    if head.gain is None or head.audit is None:
-        raise UsageError("The audit's runs failed; see the failed runs in the report.")
-    champion = head.champion.variant
-    return AuditResult(champion, seeds, head.gain, head.audit, unit, markdown, html)
+        head = report.headline
+        if head.gain is None or head.audit is None:
+            raise UsageError("The audit's runs failed; see the failed runs in the report.")
+        champion = head.champion.variant
+        pools = ledger.pool(scope, Variant(task.key)), ledger.pool(scope, champion)
+        expected = gate.expected_gain(*pools, head.audit.seeds, task.direction.sign)
+    return AuditResult(champion, seeds, head.gain, head.audit, expected, task.unit, markdown, html)
 
 
 def _last_society(ledger: Ledger, folder: NotebookFolder) -> SocietyRecord:

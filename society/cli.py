@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from society.records import Effect, SocietyRecord
     from society.settings import Settings
 
-DEFAULT_MINUTES = 9.0
+DEFAULT_MINUTES = 9
 """The budget of `run` when none is given."""
 BRAIN_WORDS = {"search": "a model-based optimiser; embedded, no key, no network"}
 
@@ -390,13 +390,14 @@ def audit(
     if as_json:
         emit_json(plain(result) | {"confirmed": result.confirmed})
         return
-    outside = "lies OUTSIDE the reported interval: believe the audit"
+    low, high = result.expected
     emit_fields(
         {
             "champion": result.champion.describe(),
             "reported": f"{effect_words(result.reported, result.unit)} verification seeds",
             "audited": f"{effect_words(result.audited, result.unit)} fresh seeds",
-            "the audit": "confirms the reported gain" if result.confirmed else outside,
+            "expected": f"{low:+.4f} to {high:+.4f} on as many fresh seeds",
+            "the audit": result.verdict,
         }
     )
     typer.echo(f"Markdown: {result.markdown}")

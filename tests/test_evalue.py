@@ -196,3 +196,14 @@ def test_noise_interval_is_the_chi_square_one():
     assert high == pytest.approx(sd * math.sqrt(19 / stats.chi2.ppf(0.025, 19)))
     with pytest.raises(ValueError, match="at least two"):
         evalue.noise_interval([1.0])
+
+
+@pytest.mark.parametrize("nu", [1, 3, 7, 22, 100])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.975, 0.999])
+def test_student_t_quantile_agrees_with_scipy(p, nu):
+    assert evalue.student_t_quantile(p, nu) == pytest.approx(stats.t.ppf(p, nu), abs=1e-9)
+
+
+def test_student_t_quantile_wants_an_upper_probability():
+    with pytest.raises(ValueError, match=r"at least 0\.5"):
+        evalue.student_t_quantile(0.2, 3)

@@ -509,3 +509,20 @@ def test_streams_keep_their_false_discovery_rate(rho):
     greedy.greedy()
     false = greedy.in200[0] / np.maximum(1, greedy.in200[1])
     assert false.mean() > 0.4
+
+
+def test_the_mean_of_fresh_seeds_lies_where_expected_in_95_percent():
+    rng = np.random.default_rng(8)
+    inside, rounds = 0, 2000
+    for _ in range(rounds):
+        shared, gains = rng.normal(1.8, 0.01, 12), rng.normal(0.05, 0.004, 20)
+        baseline = dict(enumerate(shared))
+        champion = {seed: baseline[seed] - gains[seed] for seed in baseline}
+        low, high = gate.expected_gain(baseline, champion, 8)
+        inside += low <= gains[12:].mean() <= high
+    assert abs(inside / rounds - 0.95) < 4 * (0.05 * 0.95 / rounds) ** 0.5
+
+
+def test_no_expectation_from_a_single_seed():
+    with pytest.raises(ValueError, match="two common seeds"):
+        gate.expected_gain({1: 1.8}, {1: 1.7, 2: 1.7}, 8)
