@@ -119,7 +119,8 @@ class Laboratory:
             return False
         if not self.ledger.claim(champion.claim_id).verdict_is(Decision.CONFIRMED):
             return False
-        scores = [s for s in self.ledger.pool(self.scope, champion.variant).values() if s]
+        pool = self.ledger.pool(self.scope, champion.variant).values()
+        scores = [score for score in pool if score is not None]
         mean = sum(scores) / len(scores)
         return self.task.direction.improvement(goal, mean) >= 0
 
