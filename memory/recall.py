@@ -154,21 +154,6 @@ class Recall:
             )
         return tuple(_hits(found))
 
-    def reindex(self, ledger: Ledger) -> int:
-        """Remove the index and build it again from the ledger.
-
-        Returns:
-            How many passages it holds now.
-        """
-        with _reported(self._path):
-            self._client.close()
-        _remove(self._path)
-        with _reported(self._path):
-            self._client = _connect(self._path)
-            self._collection = _collection(self._client)
-        self.sync(ledger)
-        return len(self)
-
     def _upsert(self, passages: Sequence[Passage]) -> None:
         if not passages:
             return
