@@ -77,7 +77,7 @@ class Laboratory:
         self._tickets = 0
         self._crews: Counter[tuple[str, str, str]] = Counter()
         self._dry: dict[tuple[str, str, str], int] = {}
-        self._surveys: dict[str, tuple[tuple[object, ...], list[Duty]]] = {}
+        self._surveys: dict[str, tuple[View, list[Duty]]] = {}
         self._view: tuple[tuple[object, ...], View] | None = None
         self._began = began
         self._log = logs.get("laboratory")
@@ -165,12 +165,12 @@ class Laboratory:
         return sorted(taken, key=lambda duty: -duty.value)
 
     def _survey(self, role: Role, view: View) -> list[Duty]:
-        state = (id(view),)
-        cached = self._surveys.get(role.name)
-        if cached is None or cached[0] != state:
-            cached = (state, list(role.duties(view)))
-            self._surveys[role.name] = cached
-        return cached[1]
+        """A role's duties; asked once per view. The view is kept, so that `is` can be relied on."""
+        seen, duties = self._surveys.get(role.name, (None, []))
+        if seen is not view:
+            duties = list(role.duties(view))
+            self._surveys[role.name] = (view, duties)
+        return duties
 
     def _may(self, duty: Duty, agent: str, view: View) -> bool:
         if self.draining or agent in duty.barred or self._crews[duty.key] >= duty.crew:
