@@ -2,13 +2,14 @@
 
 A variant is canonical when it holds only values that differ from the baseline, under sorted names,
 floats rounded to six significant digits. Two spellings of one change ("0.30", 0.3, 3e-1, in any
-order, with or without defaults) then have one fingerprint.
+order, with or without defaults) then have one fingerprint. A recipe may say which of its knobs are
+`idle`, i.e. switched off by another one; changes of those are dropped as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from society.errors import InvalidVariant
 from society.experiments.task import Task
-from society.knobs import Knob, Scalar
+from society.knobs import Knob, Scalar, Span
 from society.records import Variant
 
 DIGITS = 6
@@ -28,24 +29,33 @@ TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 class Space:
     """The knobs of one recipe around one baseline. Immutable and cheap; safe to share."""
 
-    def __init__(self, recipe_type: type[BaseModel], baseline: BaseModel) -> None:
-        """Read the knobs off the recipe.
+    def __init__(
+        self,
+        recipe_type: type[BaseModel],
+        baseline: BaseModel,
+        spans: Mapping[str, Span] = MappingProxyType({}),
+    ) -> None:
+        """Read the knobs off the recipe; `spans` replace their ranges.
 
         Raises:
-            InvalidVariant: the baseline lies outside its own knobs.
+            InvalidVariant: the baseline lies outside its own knobs, or a span is for no knob.
             ValueError: a knob has neither a range nor choices.
         """
         self._type = recipe_type
         self._base: dict[str, Any] = baseline.model_dump()
-        self.knobs: Mapping[str, Knob] = MappingProxyType(_knobs(recipe_type))
+        knobs = _knobs(recipe_type)
+        self.knobs: Mapping[str, Knob] = MappingProxyType(knobs)
         """Name -> knob, in the order of the recipe."""
+        for name, span in spans.items():
+            self._check_name(name)
+            knobs[name] = knobs[name].within(span)
         self._kinds = {name: self._kind(name) for name in self.knobs}
         self._default = {name: self._parse(name, self._base[name]) for name in self.knobs}
 
     @classmethod
     def of(cls, task: Task) -> Space:
         """The space of a task."""
-        return cls(task.recipe, task.baseline)
+        return cls(task.recipe, task.baseline, task.spans)
 
     def variant(
         self, task_key: str, overrides: Mapping[str, object], patch: str | None = None
@@ -58,7 +68,8 @@ class Space:
         """
         values = {name: self._parse(name, value) for name, value in sorted(overrides.items())}
         changed = {name: value for name, value in values.items() if value != self._default[name]}
-        self._build(changed)
+        idle: Container[str] = getattr(self._build(changed), "idle", ())
+        changed = {name: value for name, value in changed.items() if name not in idle}
         return Variant(task_key, MappingProxyType(changed), patch)
 
     def recipe(self, variant: Variant) -> BaseModel:

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from society.errors import UnknownName, UsageError
-from society.knobs import Scalar
+from society.knobs import Scalar, Span
 from society.records import Budget, Split
 
 GROUP = "society.tasks"
@@ -59,7 +59,11 @@ class Limits:
     timeout_s: float
     """Wall-clock seconds, then the run is killed and recorded as `timed_out`."""
     mem_bytes: int
-    """Memory above that of the idle worker; enforced on the CPU only."""
+    """Memory above that of the idle worker; 0 for no limit.
+
+    On an accelerator: the card's own memory. It says how many runs share a card, see `placement`,
+    and no run gets more.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,14 @@ class TrainReport:
     """Optimiser steps taken."""
     curve: tuple[float, ...] = ()
     """Training loss over time; thinned before it is recorded."""
+    train_s: float = 0.0
+    """Seconds of the training loop alone."""
+    compile_s: float = 0.0
+    """Seconds of what no budget pays for: choosing kernels, compiling."""
+    mfu: float | None = None
+    """Model FLOPs as a share of the device's peak rate, where that is known."""
+    device_mem_bytes: int = 0
+    """Most memory allocated on an accelerator at once."""
 
 
 class Diverged(Exception):
@@ -151,6 +163,10 @@ class Task(Protocol):
         """The recipe's defaults with the profile's own changes."""
 
     @property
+    def spans(self) -> Mapping[str, Span]:
+        """Knob name -> the values this profile allows, where they are not the knob's own."""
+
+    @property
     def budget(self) -> Budget:
         """What every run of this profile may spend."""
 
@@ -162,6 +178,10 @@ class Task(Protocol):
     def packages(self) -> tuple[str, ...]:
         """Distributions whose versions decide the bits, e.g. `("torch",)`."""
 
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Modules and packages whose source decides the bits, e.g. `("society.model",)`."""
+
     def warm_up(self) -> None:
         """Import what the runs need and fix the number of threads to one."""
 
@@ -172,9 +192,21 @@ class Task(Protocol):
         """Load the data of this role into memory, so that forked runs find it there."""
 
     def train(
-        self, recipe: Any, seed: int, budget: Budget, scratch: Path, device: str
+        self,
+        recipe: Any,
+        seed: int,
+        budget: Budget,
+        scratch: Path,
+        device: str,
+        *,
+        data_seed: int | None = None,
     ) -> TrainReport:
-        """Train `recipe` (an instance of `self.recipe`) and save the model in `scratch`."""
+        """Train `recipe` (an instance of `self.recipe`) and save the model in `scratch`.
+
+        The initial parameters come from `seed`, and so does the order of the data unless
+        `data_seed` is given, which is passed for the noise study only. The two components of the
+        noise are measured by holding one of them.
+        """
 
     def score(self, scratch: Path, recipe: Any, split: Split, device: str) -> float:
         """The metric of the model saved in `scratch` on one evaluation split."""
@@ -195,6 +227,8 @@ class Profile(BaseModel):
     limits: Limits
     recipe: dict[str, Scalar] = {}
     """Changes to the recipe's defaults: with them they make the baseline."""
+    knobs: dict[str, Span] = {}
+    """Values to search at this size, for knobs whose own range does not fit it."""
     options: dict[str, Scalar] = {}
     """Settings that only this task knows; it checks them itself."""
 

@@ -2,10 +2,10 @@
 
 A multiply-add is two FLOPs and the backward pass costs twice the forward, so a weight used in a
 matrix product costs 6 FLOPs per token (Kaplan et al. 2020, arXiv:2001.08361). Attention adds
-12 x dim x window per layer and token (PaLM, arXiv:2204.02311, appendix B). Embedding look-ups,
-norms, non-linearities and element-wise optimiser arithmetic are not counted; Muon's matrix
-products are. The default recipe: 458,888 parameters, 1,819,392 FLOPs per token, and 107 steps
-(109,568 tokens) in 2.35e11 FLOPs.
+12 x heads x head size x window per layer and token (PaLM, arXiv:2204.02311, appendix B). Embedding
+look-ups, norms, non-linearities and element-wise optimiser arithmetic are not counted; Muon's
+matrix products are. The default recipe: 458,888 parameters, 1,819,392 FLOPs per token, and 107
+steps (109,568 tokens) in 2.35e11 FLOPs.
 """
 
 from __future__ import annotations
@@ -19,25 +19,42 @@ GATE_CHANNELS = 32
 
 def shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Every parameter of the model, name -> shape, in a fixed order."""
-    d, hidden = recipe.dim, recipe.mlp_ratio * recipe.dim
     found: dict[str, tuple[int, ...]] = {}
     if not recipe.tie_embeddings:
-        found["embed"] = (recipe.vocab, d)
-    found["head"] = (recipe.vocab, d)
+        found["embed"] = (recipe.vocab, recipe.width)
+    found["head"] = (recipe.vocab, recipe.width)
     for i in range(recipe.depth):
-        found |= {f"layer{i}.{name}": (d, d) for name in ("query", "key", "value", "project")}
-        found[f"layer{i}.expand"] = (hidden, d)
-        found[f"layer{i}.contract"] = (d, hidden)
-        if i in recipe.value_layers:
-            found[f"layer{i}.gate"] = (recipe.heads, min(GATE_CHANNELS, d))
-            found[f"layer{i}.value_embed"] = (recipe.vocab, d)
+        found |= {f"layer{i}.{name}": shape for name, shape in _layer(recipe, i).items()}
     if recipe.residual_scalars == "learned":
         found |= {"residual_scale": (recipe.depth,), "x0_scale": (recipe.depth,)}
+    if recipe.skips:
+        found["skip"] = (recipe.skips,)
+    return found
+
+
+def _layer(recipe: Recipe, i: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer: (outputs, inputs) for a matrix."""
+    width, hidden = recipe.width, recipe.mlp_ratio * recipe.width
+    queries, values = recipe.heads * recipe.head_dim, recipe.kv_count * recipe.head_dim
+    found: dict[str, tuple[int, ...]] = {
+        "query": (queries, width),
+        "key": (values, width),
+        "value": (values, width),
+        "project": (width, queries),
+        "expand": (hidden, width),
+        "contract": (width, hidden),
+    }
+    if recipe.activation == "swiglu":
+        found["swish"] = (hidden, width)
+    if i in recipe.value_layers:
+        if recipe.value_gate == "learned":
+            found["gate"] = (recipe.kv_count, min(GATE_CHANNELS, width))
+        found["value_embed"] = (recipe.vocab, values)
     return found
 
 
 def is_matrix(name: str) -> bool:
-    """Whether Muon trains this parameter: the matrices inside the layers, the gates included."""
+    """Whether this is a matrix inside a layer, a gate included: what Muon can train."""
     return name.startswith("layer") and not name.endswith(".value_embed")
 
 
@@ -51,15 +68,17 @@ def flops_per_token(recipe: Recipe) -> int:
     multiplied = sum(
         _size(shape) for name, shape in shapes(recipe).items() if is_matrix(name) or name == "head"
     )
-    return 6 * multiplied + 12 * recipe.dim * sum(recipe.windows)
+    return 6 * multiplied + 12 * recipe.heads * recipe.head_dim * sum(recipe.windows)
 
 
 def optimizer_flops(recipe: Recipe) -> int:
     """FLOPs of one step's polar-express iterations over every matrix.
 
     One iteration on an (m, n) matrix, m <= n: X Xᵀ (2 m²n), its square (2 m³), and the product
-    with X (2 m²n).
+    with X (2 m²n). AdamW multiplies no matrices.
     """
+    if recipe.optimizer != "muon":
+        return 0
     total = 0
     for name, shape in shapes(recipe).items():
         if is_matrix(name):

@@ -3,16 +3,18 @@
 With one sequential generator, adding one tensor redraws all the later ones; keyed, two recipes
 with the same seed differ only where the recipe differs.
 
-    parameter                    distribution                          why
-    embed                        normal, sd 1                          normalised right after
-    head (and a tied table)      normal, sd 0.001                      starts at uniform guesses
-    query, key, value            uniform, sd qkv_scale / sqrt(dim)     keeps the activations' scale
-    expand                       uniform, sd 1 / sqrt(dim)             same
-    project, contract            zero                                  each layer starts as nothing
-    gate                         zero                                  2 sigmoid(0) = 1: neutral
-    value_embed                  uniform, sd value_embed_init / sqrt(dim)   like the values
-    residual_scale               one                                   a plain residual stream
-    x0_scale                     x0_init                               some of the token itself
+    parameter                 distribution                             why
+    embed                     normal, sd 1                             normalised right after
+    head (and a tied table)   normal, sd 0.001                         starts at uniform guesses
+    query, key, value         uniform, sd qkv_scale / sqrt(inputs)     keeps the activations' scale
+    expand, swish             uniform, sd mlp_init / sqrt(inputs)      same
+    project, contract         uniform, sd project_init / sqrt(inputs)  0: a layer starts as nothing
+    gate                      zero                                     2 sigmoid(0) = 1: neutral
+    value_embed               value_embed_dist, uniform or normal,
+                              sd value_embed_init / sqrt(width)        like the values
+    residual_scale            residual_init                            1: a plain residual stream
+    x0_scale                  x0_init                                  some of the token itself
+    skip                      skip_scale                               some of an early layer
 
 After nanochat's `init_weights` (github.com/karpathy/nanochat).
 """
@@ -20,6 +22,7 @@ After nanochat's `init_weights` (github.com/karpathy/nanochat).
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -39,20 +42,35 @@ def initial_weights(recipe: Recipe, seed: int) -> dict[str, Tensor]:
 def _draw(recipe: Recipe, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(_key(seed, name))
     kind = name.rpartition(".")[2]
-    if kind == "embed":
-        return torch.randn(shape, generator=generator) * EMBED_SD
-    if kind == "head":
-        return torch.randn(shape, generator=generator) * HEAD_SD
-    if kind in _uniform_scale(recipe):
-        bound = 3**0.5 * recipe.dim**-0.5 * _uniform_scale(recipe)[kind]
-        return torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(bound)
-    return torch.full(shape, {"residual_scale": 1.0, "x0_scale": recipe.x0_init}.get(kind, 0.0))
+    if kind in _constants(recipe):
+        return torch.full(shape, _constants(recipe)[kind])
+    sd = _spread(recipe, kind, shape)
+    if kind in ("embed", "head") or (kind == "value_embed" and recipe.value_embed_dist == "normal"):
+        return torch.randn(shape, generator=generator) * sd
+    return torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(3**0.5 * sd)
 
 
-def _uniform_scale(recipe: Recipe) -> dict[str, float]:
-    """Scale of each uniformly drawn kind of parameter, relative to 1 / sqrt(dim)."""
+def _constants(recipe: Recipe) -> dict[str, float]:
+    """Kinds of parameters that start at one value."""
+    return {
+        "gate": 0.0,
+        "residual_scale": recipe.residual_init,
+        "x0_scale": recipe.x0_init,
+        "skip": recipe.skip_scale,
+    }
+
+
+def _spread(recipe: Recipe, kind: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a kind of parameter that is drawn."""
+    fixed = {"embed": EMBED_SD, "head": HEAD_SD}
+    if kind in fixed:
+        return fixed[kind]
+    if kind == "value_embed":
+        return recipe.value_embed_init / math.sqrt(recipe.width)
     scales = dict.fromkeys(("query", "key", "value"), recipe.qkv_scale)
-    return scales | {"expand": 1.0, "value_embed": recipe.value_embed_init}
+    scales |= dict.fromkeys(("expand", "swish"), recipe.mlp_init)
+    scales |= dict.fromkeys(("project", "contract"), recipe.project_init)
+    return scales[kind] / math.sqrt(shape[1])
 
 
 def _key(seed: int, name: str) -> int:

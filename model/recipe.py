@@ -21,6 +21,9 @@ POLAR_EXPRESS = "Amsel et al. 2025, arXiv:2505.16932"
 CAUTIOUS_DECAY = "Chen et al. 2025, arXiv:2510.12402"
 NORMUON = "Li et al. 2025, NorMuon, arXiv:2510.05491"
 
+_VALUE_EMBEDS = ("value_gate", "value_embed_dist", "value_embed_init", "value_embed_lr")
+_MUON = ("momentum_start", "momentum_final", "momentum_ramp", "muon_beta2", "polar_steps")
+
 Positive = Field(gt=0, allow_inf_nan=False)
 NonNegative = Field(ge=0, allow_inf_nan=False)
 Fraction = Field(ge=0, le=1, allow_inf_nan=False)
@@ -56,6 +59,18 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source=NANOCHAT,
         ),
     ] = 64
+    aspect_ratio: Annotated[
+        int,
+        Field(ge=0),
+        Knob(
+            choices=(0, 8, 12, 24, 32),
+            unit="channels a layer",
+            group="shape",
+            about="Width per layer: if not 0, the width is depth times this, rounded up to fit "
+            "the heads, and dim does not count.",
+            source=NANOCHAT,
+        ),
+    ] = 0
     heads: Annotated[
         int,
         Field(ge=1),
@@ -64,10 +79,32 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             log=True,
             unit="heads",
             group="shape",
-            about="Attention heads a layer; each gets dim / heads channels.",
+            about="Attention heads a layer; each gets dim / heads channels unless head_size says.",
             source="Vaswani et al. 2017, arXiv:1706.03762",
         ),
     ] = 2
+    head_size: Annotated[
+        int,
+        Field(ge=0, multiple_of=2),
+        Knob(
+            choices=(0, 16, 24, 64),
+            unit="channels",
+            group="shape",
+            about="Channels of one head; 0 for dim / heads. Heads then need not fill the width.",
+            source="Bhojanapalli et al. 2020, arXiv:2002.07028",
+        ),
+    ] = 0
+    kv_heads: Annotated[
+        int,
+        Field(ge=0),
+        Knob(
+            choices=(0, 1),
+            unit="heads",
+            group="shape",
+            about="Key and value heads a layer, each shared by as many query heads; 0 for all.",
+            source="Ainslie et al. 2023, GQA, arXiv:2305.13245",
+        ),
+    ] = 0
     mlp_ratio: Annotated[
         int,
         Field(ge=1),
@@ -81,12 +118,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         ),
     ] = 4
     activation: Annotated[
-        Literal["relu2", "gelu"],
+        Literal["relu2", "gelu", "swiglu"],
         Knob(
-            choices=("relu2", "gelu"),
+            choices=("relu2", "gelu", "swiglu"),
             group="shape",
-            about="Non-linearity of the feed-forward part.",
-            source="So et al. 2021, Primer, arXiv:2109.08668",
+            about="Non-linearity of the feed-forward part; swiglu adds a third matrix.",
+            source="So et al. 2021, Primer, arXiv:2109.08668; Shazeer 2020, arXiv:2002.05202",
         ),
     ] = "relu2"
     vocab: Annotated[
@@ -109,6 +146,15 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source="Press and Wolf 2017, arXiv:1608.05859",
         ),
     ] = False
+    norm_placement: Annotated[
+        Literal["pre", "post", "sandwich"],
+        Knob(
+            choices=("pre", "post", "sandwich"),
+            group="shape",
+            about="Norm before each part of a layer, after its sum, or before and after the part.",
+            source="Xiong et al. 2020, arXiv:2002.04745",
+        ),
+    ] = "pre"
 
     # ------------------------------------------------------------ attention
     seq_len: Annotated[
@@ -127,7 +173,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         str,
         Field(pattern=r"^[SL]+$"),
         Knob(
-            choices=("SSSL", "SSL", "SL", "S", "L"),
+            choices=("SSSL", "SSL", "SL", "LS", "L"),
             group="attention",
             about="Short (S) and long (L) attention, tiled over the layers; the last is long.",
             source="Brown et al. 2020, arXiv:2005.14165; " + NANOCHAT,
@@ -158,15 +204,38 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source="Su et al. 2021, RoFormer, arXiv:2104.09864",
         ),
     ] = 10000.0
-    value_embeds: Annotated[
-        Literal["off", "alternate", "all"],
+    qk_scale: Annotated[
+        float,
+        Positive,
         Knob(
-            choices=("off", "alternate", "all"),
+            low=0.5,
+            high=2,
+            log=True,
+            unit="factor",
             group="attention",
-            about="Layers whose values get a gated embedding of the token itself.",
+            about="Factor on queries and keys after their norm; larger makes attention sharper.",
+            source=NANOCHAT + ", autoresearch round 2",
+        ),
+    ] = 1.0
+    value_embeds: Annotated[
+        Literal["off", "alternate", "all", "last", "first_half", "last_half"],
+        Knob(
+            choices=("off", "alternate", "all", "last", "first_half", "last_half"),
+            group="attention",
+            about="Layers whose values get an embedding of the token itself.",
             source="Zhou et al. 2024, value residual learning, arXiv:2410.17897",
         ),
     ] = "alternate"
+    value_gate: Annotated[
+        Literal["learned", "fixed", "none"],
+        Knob(
+            choices=("learned", "fixed", "none"),
+            group="attention",
+            about="How the value embedding enters: by a gate that reads the stream, half and "
+            "half, or added.",
+            source="Zhou et al. 2024, arXiv:2410.17897",
+        ),
+    ] = "learned"
 
     # ------------------------------------------------------- residual stream
     residual_scalars: Annotated[
@@ -178,6 +247,18 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source=MODDED_NANOGPT,
         ),
     ] = "learned"
+    residual_init: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.5,
+            high=1.5,
+            unit="factor",
+            group="residual",
+            about="Initial share of the stream that each layer keeps.",
+            source=MODDED_NANOGPT,
+        ),
+    ] = 1.0
     x0_init: Annotated[
         float,
         NonNegative,
@@ -190,6 +271,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source=NANOCHAT,
         ),
     ] = 0.1
+    skip_scale: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            low=0,
+            high=1,
+            unit="factor",
+            group="residual",
+            about="If not 0, early layers are added to late ones (a U-net) with learned weights "
+            "that start here.",
+            source=MODDED_NANOGPT,
+        ),
+    ] = 0.0
 
     # ------------------------------------------------------------------ init
     qkv_scale: Annotated[
@@ -205,6 +299,40 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source=NANOCHAT,
         ),
     ] = 1.0
+    project_init: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            low=0,
+            high=2,
+            unit="factor",
+            group="init",
+            about="Initial scale of the output projections; 0 lets each layer start as nothing.",
+            source=NANOCHAT,
+        ),
+    ] = 0.0
+    mlp_init: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.1,
+            high=4,
+            log=True,
+            unit="factor",
+            group="init",
+            about="Initial scale of the feed-forward part's input matrices.",
+            source=NANOCHAT + ", autoresearch round 2",
+        ),
+    ] = 1.0
+    value_embed_dist: Annotated[
+        Literal["uniform", "normal"],
+        Knob(
+            choices=("uniform", "normal"),
+            group="init",
+            about="Distribution that value embeddings are drawn from, at the same spread.",
+            source="autoresearch@home, 2026",
+        ),
+    ] = "uniform"
     value_embed_init: Annotated[
         float,
         NonNegative,
@@ -294,7 +422,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             log=True,
             unit="per step",
             group="rates",
-            about="Muon's learning rate, for every matrix inside the layers.",
+            about="Muon's learning rate, for every matrix inside the layers; AdamW uses a tenth.",
             source=MUON,
         ),
     ] = 0.04
@@ -307,7 +435,20 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             log=True,
             unit="per step at dim 768",
             group="rates",
-            about="AdamW's learning rate for token and value embeddings.",
+            about="AdamW's learning rate for token embeddings.",
+            source=NANOCHAT,
+        ),
+    ] = 0.6
+    value_embed_lr: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=0.06,
+            high=6,
+            log=True,
+            unit="per step at dim 768",
+            group="rates",
+            about="AdamW's learning rate for value embeddings.",
             source=NANOCHAT,
         ),
     ] = 0.6
@@ -333,10 +474,23 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             log=True,
             unit="per step at dim 768",
             group="rates",
-            about="AdamW's learning rate for x0 scalars; residual scalars use a hundredth.",
+            about="AdamW's learning rate for x0 and skip scalars.",
             source=NANOCHAT,
         ),
     ] = 0.5
+    residual_lr: Annotated[
+        float,
+        Positive,
+        Knob(
+            low=5e-05,
+            high=0.05,
+            log=True,
+            unit="per step at dim 768",
+            group="rates",
+            about="AdamW's learning rate for residual scalars.",
+            source=NANOCHAT,
+        ),
+    ] = 0.005
 
     # -------------------------------------------------------------- schedule
     warm_up: Annotated[
@@ -359,10 +513,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             high=1,
             unit="fraction of the run",
             group="schedule",
-            about="Rates fall linearly to final_lr over this last part.",
+            about="Rates fall to final_lr over this last part.",
             source="Hägele et al. 2024, arXiv:2405.18392",
         ),
     ] = 0.5
+    warm_down_shape: Annotated[
+        Literal["linear", "cosine", "sqrt"],
+        Knob(
+            choices=("linear", "cosine", "sqrt"),
+            group="schedule",
+            about="How rates fall: by a line, half a cosine, or 1 - sqrt.",
+            source="Hägele et al. 2024, arXiv:2405.18392",
+        ),
+    ] = "linear"
     final_lr: Annotated[
         float,
         Fraction,
@@ -387,8 +550,27 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             source=MODDED_NANOGPT,
         ),
     ] = 0.28
+    decay_shape: Annotated[
+        Literal["linear", "constant", "cosine"],
+        Knob(
+            choices=("linear", "constant", "cosine"),
+            group="schedule",
+            about="How weight decay moves over the run: to zero by a line or half a cosine, or "
+            "not at all.",
+            source=MODDED_NANOGPT,
+        ),
+    ] = "linear"
 
     # ------------------------------------------------------------- optimiser
+    optimizer: Annotated[
+        Literal["muon", "adamw"],
+        Knob(
+            choices=("muon", "adamw"),
+            group="optimiser",
+            about="What trains the matrices inside the layers; everything else is AdamW's.",
+            source=MUON,
+        ),
+    ] = "muon"
     momentum_start: Annotated[
         float,
         Beta,
@@ -445,10 +627,22 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             high=1,
             unit="per unit of rate",
             group="optimiser",
-            about="Cautious decay of the matrices, falling to zero over the run.",
+            about="Decay of the matrices (cautious under Muon).",
             source=CAUTIOUS_DECAY,
         ),
     ] = 0.2
+    adam_decay: Annotated[
+        float,
+        NonNegative,
+        Knob(
+            low=0,
+            high=1,
+            unit="per unit of rate",
+            group="optimiser",
+            about="Decay of the embedding and output tables.",
+            source="Loshchilov and Hutter 2019, arXiv:1711.05101",
+        ),
+    ] = 0.0
     adam_beta1: Annotated[
         float,
         Beta,
@@ -474,10 +668,93 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         ),
     ] = 0.95
 
+    # ------------------------------------------------------------------ data
+    data_order: Annotated[
+        Literal[
+            "shuffled",
+            "corpus",
+            "reversed",
+            "short_first",
+            "long_first",
+            "easy_first",
+            "hard_first",
+            "by_domain",
+        ],
+        Knob(
+            choices=(
+                "shuffled",
+                "corpus",
+                "reversed",
+                "short_first",
+                "long_first",
+                "easy_first",
+                "hard_first",
+                "by_domain",
+            ),
+            group="data",
+            about="Order of the run's rows: shuffled, as written or backwards, by document "
+            "length, by unigram surprisal, or by domain.",
+            source="Bengio et al. 2009, Curriculum learning",
+        ),
+    ] = "shuffled"
+    packing: Annotated[
+        Literal["contiguous", "documents", "best_fit"],
+        Knob(
+            choices=("contiguous", "documents", "best_fit"),
+            group="data",
+            about="How documents fill rows: one stream cut into rows, rows within documents, or "
+            "whole documents by best fit.",
+            source="Ding et al. 2024, arXiv:2404.10830; " + NANOCHAT,
+        ),
+    ] = "contiguous"
+    repeats: Annotated[
+        int,
+        Field(ge=1),
+        Knob(
+            choices=(1, 2, 4, 8, 16),
+            log=True,
+            unit="passes",
+            group="data",
+            about="How often each row is seen, by using fewer different ones.",
+            source="Muennighoff et al. 2023, arXiv:2305.16264",
+        ),
+    ] = 1
+    domain_mix: Annotated[
+        float,
+        Fraction,
+        Knob(
+            low=0,
+            high=1,
+            unit="exponent",
+            group="data",
+            about="Domains are drawn in proportion to their size to this power: 1 as they are, "
+            "0 equally.",
+            source="Xue et al. 2021, mT5, arXiv:2010.11934",
+        ),
+    ] = 1.0
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        if not self.aspect_ratio:
+            return self.dim
+        fit = 2 * self.heads
+        return -(-self.depth * self.aspect_ratio // fit) * fit
+
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
-        return self.dim // self.heads
+        return self.head_size or self.width // self.heads
+
+    @property
+    def kv_count(self) -> int:
+        """Key and value heads a layer."""
+        return self.kv_heads or self.heads
+
+    @property
+    def skips(self) -> int:
+        """Pairs of an early and a late layer that are connected."""
+        return self.depth // 2 if self.skip_scale else 0
 
     @property
     def rows(self) -> int:
@@ -496,14 +773,46 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     @property
     def value_layers(self) -> tuple[int, ...]:
         """Indices of the layers with a value embedding; `alternate` includes the last layer."""
-        if self.value_embeds == "off":
-            return ()
-        step = 2 if self.value_embeds == "alternate" else 1
-        return tuple(range((self.depth - 1) % step, self.depth, step))
+        last, half = self.depth - 1, self.depth // 2
+        layers = {
+            "off": range(0),
+            "alternate": range(last % 2, self.depth, 2),
+            "all": range(self.depth),
+            "last": range(last, self.depth),
+            "first_half": range(self.depth - half),
+            "last_half": range(half, self.depth),
+        }
+        return tuple(layers[self.value_embeds])
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Knobs that change nothing in this recipe, because another one has switched them off."""
+        cases = [
+            (self.value_embeds == "off", _VALUE_EMBEDS),
+            (self.residual_scalars == "off", ("residual_init", "x0_init")),
+            (self.residual_scalars != "learned", ("residual_lr",)),
+            (self.residual_scalars != "learned" and not self.skips, ("scalar_lr",)),
+            (self.optimizer != "muon", _MUON),
+            (not self.weight_decay and not self.adam_decay, ("decay_shape",)),
+            (self.momentum_ramp == 0, ("momentum_start",)),
+            (self.warm_down == 0, ("warm_down_shape", "final_lr")),
+            (self.aspect_ratio != 0, ("dim",)),
+            (self.tie_embeddings, ("embedding_lr",)),
+            (set(self.windows) == {self.seq_len}, ("short_window",)),
+            (self.depth == 1, ("window_pattern", "skip_scale")),
+        ]
+        return frozenset(name for holds, names in cases if holds for name in names)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.dim % self.heads:
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose kv_heads "
+                "that do, or 0."
+            )
+        if self.head_size:
+            return self
+        if self.width % self.heads:
             raise ValueError(
                 f"heads={self.heads} does not divide dim={self.dim}; choose heads that do."
             )

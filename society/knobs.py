@@ -10,7 +10,7 @@ Fields without a `Knob` are fixed: an override of one is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Scalar = bool | int | float | str
 
@@ -39,3 +39,20 @@ class Knob:
     """One sentence: what changes when the value does."""
     source: str = ""
     """Where the idea comes from: paper, repository, or a measurement."""
+
+    def within(self, span: Span) -> Knob:
+        """This knob with another span of values."""
+        return replace(self, low=span.low, high=span.high, choices=span.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The values that a profile allows for one knob instead of the knob's own.
+
+    A size that suits a large accelerator is not one that suits a CPU core.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Scalar, ...] = ()
+    """A single one fixes the knob."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -38,9 +39,11 @@ class Misbehaving:
     direction = Direction.MAXIMISE
     recipe = Script
     baseline = Script()
+    spans = MappingProxyType({})
     budget = Budget(BudgetKind.STEPS, 10)
     limits = Limits(timeout_s=20.0, mem_bytes=200 << 20)
     packages = ("numpy",)
+    code = ("misbehaving",)
 
     def __init__(self, profile):
         self.held = []

@@ -1,5 +1,6 @@
 """The recipe: defaults, ranges, refusals, and no knob without an effect."""
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from society.experiments.space import Space
 from society.knobs import Knob
 from society.model.data import TrainTokens
 from society.model.recipe import Recipe
@@ -20,26 +22,37 @@ SMALL: dict[str, Any] = {
     "vocab": 512,
     "seq_len": 32,
     "batch_tokens": 128,
-    "depth": 3,
+    "depth": 4,
     "lr_scale": 0.3,
 }
 
 OTHER: dict[str, Any] = {
     "depth": 2,
-    "dim": 32,
+    "dim": 96,
+    "aspect_ratio": 24,
     "heads": 4,
+    "head_size": 16,
+    "kv_heads": 1,
     "mlp_ratio": 3,
     "activation": "gelu",
     "vocab": 1024,
     "tie_embeddings": True,
+    "norm_placement": "sandwich",
     "seq_len": 64,
     "window_pattern": "L",
     "short_window": 0.25,
     "rope_base": 1000.0,
+    "qk_scale": 1.2,
     "value_embeds": "all",
+    "value_gate": "fixed",
     "residual_scalars": "fixed",
+    "residual_init": 0.9,
     "x0_init": 0.2,
+    "skip_scale": 0.5,
     "qkv_scale": 2.0,
+    "project_init": 0.5,
+    "mlp_init": 0.4,
+    "value_embed_dist": "normal",
     "value_embed_init": 2.0,
     "softcap": 30.0,
     "label_smoothing": 0.1,
@@ -48,19 +61,29 @@ OTHER: dict[str, Any] = {
     "lr_scale": 0.2,
     "matrix_lr": 0.02,
     "embedding_lr": 0.3,
+    "value_embed_lr": 0.3,
     "head_lr": 0.008,
     "scalar_lr": 1.0,
+    "residual_lr": 0.02,
     "warm_up": 0.25,
     "warm_down": 0.3,
+    "warm_down_shape": "cosine",
     "final_lr": 0.1,
     "momentum_ramp": 1.0,
+    "decay_shape": "constant",
+    "optimizer": "adamw",
     "momentum_start": 0.9,
     "momentum_final": 0.9,
     "muon_beta2": 0.9,
     "polar_steps": 3,
     "weight_decay": 0.0,
+    "adam_decay": 0.5,
     "adam_beta1": 0.9,
     "adam_beta2": 0.99,
+    "data_order": "reversed",
+    "packing": "documents",
+    "repeats": 4,
+    "domain_mix": 0.0,
 }
 """Another value for every knob."""
 
@@ -77,8 +100,12 @@ def knob_of(name: str) -> Knob:
 
 
 def some_tokens(vocab: int, count: int = 20_000) -> TrainTokens:
-    ranks = np.random.default_rng(1).zipf(1.3, count) % vocab
-    return TrainTokens(ranks.astype(np.uint16), vocab, "test")
+    """Documents of unequal lengths, a third of them of a second domain."""
+    rng = np.random.default_rng(1)
+    ranks = rng.zipf(1.3, count) % vocab
+    starts = np.unique([0, *rng.integers(0, count, 50)])
+    domains = np.arange(len(starts)) % 3 == 0
+    return TrainTokens(ranks.astype(np.uint16), vocab, "test", starts, domains)
 
 
 def briefly(recipe: Recipe) -> Trained:
@@ -153,13 +180,40 @@ def test_other_values_cover_every_knob() -> None:
         assert value != SMALL.get(name, Recipe.model_fields[name].default)
 
 
+def differs(one: Trained, other: Trained) -> bool:
+    """Whether two trainings computed something else: another loss, or other weights at the end."""
+    shared = one.weights.keys() & other.weights.keys()
+    return one.curve != other.curve or any(
+        one.weights[name].shape != other.weights[name].shape
+        or not torch.equal(one.weights[name], other.weights[name])
+        for name in shared
+    )
+
+
 @pytest.mark.parametrize("name", Recipe.model_fields)
 def test_every_knob_changes_what_is_trained(name: str, reference: Trained) -> None:
-    changed = briefly(Recipe(**(SMALL | {name: OTHER[name]})))
-    old, new = reference.weights, changed.weights
-    if {k: w.shape for k, w in old.items()} != {k: w.shape for k, w in new.items()}:
-        return
-    assert any(not torch.equal(old[key], new[key]) for key in old)
+    assert differs(reference, briefly(Recipe(**(SMALL | {name: OTHER[name]}))))
+
+
+CLOSED = [name for name in Recipe.model_fields if knob_of(name).choices]
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_every_choice_is_another_computation(name: str) -> None:
+    """No two values of a closed knob may be the same thing for the default recipe."""
+    choices = [value for value in knob_of(name).choices if possible(name, value)]
+    seen = [briefly(Recipe(**(SMALL | {name: value}))) for value in choices]
+    assert len(seen) > 1
+    for one, other in itertools.combinations(seen, 2):
+        assert differs(one, other)
+
+
+def possible(name: str, value: Any) -> bool:
+    try:
+        Recipe(**(SMALL | {name: value}))
+    except ValidationError:
+        return False
+    return not (name == "vocab" and value > 2048)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +259,27 @@ def test_light_modules_do_not_import_torch() -> None:
         "society.model.schedule, society.model.data; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"value_embeds": "off"}, {"residual_scalars": "off"}, {"residual_scalars": "fixed"},
+        {"optimizer": "adamw"}, {"weight_decay": 0.0}, {"momentum_ramp": 0.0}, {"warm_down": 0.0},
+        {"aspect_ratio": 8}, {"tie_embeddings": True}, {"window_pattern": "L"}, {"depth": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_idle_knob_changes_nothing_and_makes_no_new_variant(switch: dict[str, Any]) -> None:
+    plain = Recipe(**(SMALL | switch))
+    assert plain.idle
+    usual = briefly(plain)
+    for name in plain.idle:
+        assert not differs(usual, briefly(Recipe(**(SMALL | switch | {name: OTHER[name]})))), name
+    space = Space(Recipe, Recipe())
+    both = space.variant("t", switch | {name: OTHER[name] for name in plain.idle})
+    assert both == space.variant("t", switch)
+
+
+def test_nothing_is_idle_by_default() -> None:
+    assert Recipe().idle == frozenset()

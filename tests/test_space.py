@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from society.errors import InvalidVariant
 from society.experiments import Space, load_task, variant
 from society.experiments.space import canonical
-from society.knobs import Knob
+from society.knobs import Knob, Span
 from society.records import Variant
 
 PROFILE = settings(derandomize=True, deadline=None, max_examples=60)
@@ -236,3 +236,20 @@ def test_a_knob_without_a_range_is_a_mistake():
 def test_patches_have_their_own_fingerprint():
     task = load_task("synthetic", "quick")
     assert variant(task, {}, "+ x").fingerprint != variant(task, {}).fingerprint
+
+
+def test_a_profile_may_replace_the_range_of_a_knob():
+    space = Space(Recipe, Recipe(depth=40), {"depth": Span(low=20, high=60)})
+    assert space.variant("toy/one", {"depth": 50}).overrides == {"depth": 50}
+    assert space.unit("depth", 40) == 0.5
+    with pytest.raises(InvalidVariant, match="from 20 to 60 layers"):
+        space.variant("toy/one", {"depth": 9})
+    assert Space(Recipe, Recipe()).knobs["depth"].high == 9
+    fixed = Space(Recipe, Recipe(), {"width": Span(choices=(64,))})
+    with pytest.raises(InvalidVariant, match="one of 64"):
+        fixed.variant("toy/one", {"width": 32})
+
+
+def test_a_span_for_something_else_names_it():
+    with pytest.raises(InvalidVariant, match="did you mean 'depth'"):
+        Space(Recipe, Recipe(), {"depht": Span(low=1, high=2)})

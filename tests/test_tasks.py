@@ -26,7 +26,7 @@ from society.records import Budget, BudgetKind, Split
 SHIPPED = sorted(
     entry.name.removesuffix(".yaml")
     for entry in resources.files("society.configs").iterdir()
-    if entry.name.endswith(".yaml")
+    if entry.name.endswith(".yaml") and entry.name.partition("-")[0] in known_tasks()
 )
 GOOD = """
 task: synthetic
