@@ -7,6 +7,8 @@ Against autograd's own derivative each is tested to the precision of its type.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +19,10 @@ EPS = 1e-7
 """Added to the mean square before its root; the smallest table (sd 0.001) has 1e-6."""
 
 CHUNK_ROWS = 128
-"""Tokens whose logits are held at once: 128 x 1024 fp32 logits are 0.5 MB and stay in cache."""
+"""Tokens whose fp32 logits are held at once: 128 x 1024 of them are 0.5 MB and stay in cache."""
+
+BLOCK_LOGITS = 1 << 20
+"""Most logits in the working type held at once (2 MB in bf16): one matrix product's worth."""
 
 MAX_SOFTCAP = 80.0
 """exp(80) is still an fp32 number, and so is the sum of a vocabulary of them."""
@@ -31,18 +36,40 @@ def apply(function: type[Function], *arguments: object) -> object:
 class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt().to(x.dtype)
+        inverse = inverse_rms(x).to(x.dtype)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,) = grads
         y, inverse = ctx.saved_tensors
-        along = (grad * y).mean(-1, keepdim=True)
-        return torch.addcmul(grad, y, along, value=-1).mul_(inverse)
+        return norm_backward(grads[0], y, inverse)
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """One over the root mean square of the last dimension: (..., channels) -> (..., 1), wide."""
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
+    return size.square_().mul_(1 / x.shape[-1]).add_(EPS).rsqrt_()
+
+
+def norm_backward(grad: Tensor, y: Tensor, inverse: Tensor, scale: float = 1.0) -> Tensor:
+    """Gradient by x of `y = x * inverse`, where `inverse = scale * inverse_rms(x)`.
+
+    `inverse * (grad - y * mean(grad * y) / scale²)`: the same as the gradient of weight norm
+    (Salimans and Kingma 2016, arXiv:1602.07868), for which torch has a kernel of a single pass.
+    """
+    channels = y.shape[-1]
+    size = scale * channels**0.5
+    rows = (inverse * size).view(-1, 1)
+    found, _ = torch.ops.aten._weight_norm_interface_backward(
+        grad.reshape(-1, channels),
+        y.view(-1, channels),
+        rows,
+        torch.full(rows.shape, size, dtype=wide(y)),
+        0,
+    )
+    return cast(Tensor, found).view(y.shape)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -103,7 +130,7 @@ class _Relu2(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
-        return torch.mul(grads[0], positive).mul_(2)
+        return torch.addcmul(positive.new_zeros(()), grads[0], positive, value=2)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -146,13 +173,6 @@ class LossTerms(NamedTuple):
     z_loss: float = 0.0
 
 
-def _capped(x: Tensor, head: Tensor, softcap: float) -> Tensor:
-    """`tanh(x headᵀ / softcap)`, the logits in units of the cap: fp32 (or fp64), (rows, vocab)."""
-    logits = (x @ head.T).to(_wide(x))
-    # tanh(y) = 2 sigmoid(2y) - 1, and torch's sigmoid is four times as fast on a CPU.
-    return logits.mul_(2 / softcap).sigmoid_().mul_(2).sub_(1)
-
-
 def token_nats(x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
     """Cross-entropy of each token in nats, without a gradient.
 
@@ -169,78 +189,112 @@ def token_nats(x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tens
     for rows, wanted in zip(
         torch.split(x, CHUNK_ROWS), torch.split(targets, CHUNK_ROWS), strict=True
     ):
-        logits = _capped(rows, head, softcap).mul_(softcap)
+        logits = _halves((rows @ head.T).to(wide(x)).mul_(2 / softcap), softcap)
+        logits.sub_(softcap)
         picked = logits.gather(1, wanted[:, None])[:, 0]
         parts.append(logits.exp_().sum(1).log_() - picked)
     return torch.cat(parts)
 
 
-class _Chunk(NamedTuple):
-    """One chunk's share of the objective and its gradient."""
+def _halves(doubled: Tensor, softcap: float) -> Tensor:
+    """Capped logits plus the cap, from logits times 2 / softcap, in place: (rows, vocab).
 
-    d_logits: Tensor
-    """By the logits before the cap, (rows, vocab)."""
+    `softcap tanh(y) + softcap = 2 softcap sigmoid(2y)`, and torch's sigmoid is four times as fast
+    on a CPU as its tanh.
+    """
+    return doubled.sigmoid_().mul_(2 * softcap)
+
+
+class _Chunk(NamedTuple):
+    """One chunk's share of the objective; the gradient is written over the chunk's logits."""
+
     nats: Tensor
     """Summed cross-entropy, scalar."""
     extra: Tensor | float
     """Summed label smoothing and z-loss, scalar."""
 
 
-def _chunk(capped: Tensor, targets: Tensor, terms: LossTerms, scale: float) -> _Chunk:
-    """Objective and gradient of one chunk; no maximum is subtracted, as the cap bounds the logits.
+class _Room(NamedTuple):
+    """Memory for one chunk after the other: it stays in cache, and its pages stay mapped."""
+
+    gate: Tensor
+    """sigmoid(2 logit / softcap), wide, (rows, vocab)."""
+    share: Tensor
+    """Capped logits, then probabilities, the same."""
+
+
+def _chunk(logits: Tensor, targets: Tensor, terms: LossTerms, room: _Room) -> _Chunk:
+    """Objective and gradient of one chunk of tokens.
 
     Args:
-        capped: From `_capped`, (rows, vocab).
+        logits: Logits times 2 / softcap, (rows, vocab). Afterwards a quarter of the gradient by
+            the logits, of the objective summed over the rows.
         targets: Token ids, (rows,).
         terms: Settings of the objective.
-        scale: Factor on the gradient.
+        room: Memory to work in.
     """
-    logits = capped * terms.softcap
-    picked = logits.gather(1, targets[:, None])[:, 0]
+    gate, share = (part[: len(logits)] for part in room)
+    torch.sigmoid(gate.copy_(logits), out=gate)
+    capped = torch.mul(gate, 2 * terms.softcap, out=share)  # plus the cap, which changes nothing
+    wanted = targets[:, None]
+    picked, top = capped.gather(1, wanted)[:, 0], capped.amax(1)
     extra: Tensor | float = 0.0
     if terms.label_smoothing:
-        extra = terms.label_smoothing * (picked - logits.mean(1)).sum()
-    grad = logits.exp_()
-    total = grad.sum(1)
-    log_z = total.log()
+        extra = terms.label_smoothing * (picked - capped.mean(1)).sum()
+    torch.softmax(capped, 1, out=share)
+    log_z = top - share.amax(1).log_()  # the largest probability never underflows
     if terms.z_loss:
-        extra = extra + terms.z_loss * log_z.square().sum()
-    grad.mul_(((1 + 2 * terms.z_loss * log_z) * scale / total)[:, None])
+        level = log_z - terms.softcap
+        extra = extra + terms.z_loss * level.square().sum()
+        share.mul_((1 + 2 * terms.z_loss * level)[:, None])
     if terms.label_smoothing:
-        grad.sub_(scale * terms.label_smoothing / grad.shape[1])
-    hit = torch.full_like(log_z, scale * (terms.label_smoothing - 1))
-    grad.scatter_add_(1, targets[:, None], hit[:, None])
-    grad.addcmul_(grad * capped, capped, value=-1)  # through the cap: 1 - tanh²
-    return _Chunk(grad, (log_z - picked).sum(), extra)
+        share.sub_(terms.label_smoothing / share.shape[1])
+    hit = share.new_full((), terms.label_smoothing - 1).expand(wanted.shape)
+    share.scatter_add_(1, wanted, hit)
+    torch.ops.aten.sigmoid_backward(share, gate, grad_input=share)  # through the cap
+    logits.copy_(share)
+    return _Chunk((log_z - picked).sum(), extra)
 
 
 class _HeadLoss(Function):
-    """Computes its gradients in the forward pass, chunk by chunk (Liger, arXiv:2410.10989)."""
+    """Computes its gradients in the forward pass (Liger, arXiv:2410.10989).
+
+    Matrix products work on blocks of a few MB, everything between them on chunks that stay in
+    cache; the gradient by the logits takes the memory of the logits.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, head: Tensor, targets: Tensor, terms: LossTerms
     ) -> tuple[Tensor, Tensor]:
-        d_x, d_head = torch.empty_like(x), torch.zeros_like(head, dtype=_wide(x))
-        nats, extra = d_head.new_zeros(()), d_head.new_zeros(())
-        scale = 1 / len(x)
-        for start in range(0, len(x), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            chunk = _chunk(_capped(x[part], head, terms.softcap), targets[part], terms, scale)
-            d_logits = chunk.d_logits.to(x.dtype)
-            d_x[part] = d_logits @ head
-            d_head += d_logits.T @ x[part]
-            nats += chunk.nats
-            extra += chunk.extra
+        vocab, tokens = len(head), len(x)
+        rows = min(tokens, max(CHUNK_ROWS, BLOCK_LOGITS // vocab // CHUNK_ROWS * CHUNK_ROWS))
+        d_x, d_head = torch.empty_like(x), torch.zeros_like(head, dtype=wide(x))
+        room = _Room(*(d_head.new_empty(min(rows, CHUNK_ROWS), vocab) for _ in range(2)))
+        nats, extra, zero = d_head.new_zeros(()), d_head.new_zeros(()), x.new_zeros(())
+        for block in map(slice, range(0, tokens, rows), range(rows, tokens + rows, rows)):
+            part = x[block]
+            logits = torch.addmm(zero, part, head.T, beta=0, alpha=2 / terms.softcap)
+            for chunk, wanted in zip(
+                torch.split(logits, CHUNK_ROWS),
+                torch.split(targets[block], CHUNK_ROWS),
+                strict=True,
+            ):
+                found = _chunk(chunk, wanted, terms, room)
+                nats += found.nats
+                extra += found.extra
+            torch.mm(logits, head, out=d_x[block])
+            d_head += logits.T @ part
         ctx.save_for_backward(d_x, d_head.to(head.dtype))
-        nats *= scale
+        ctx.scale = 4 / tokens  # 4: the derivative of the cap is 4 gate (1 - gate)
+        nats /= tokens
         ctx.mark_non_differentiable(nats)
-        return nats + extra * scale, nats
+        return nats + extra / tokens, nats
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_x, d_head = ctx.saved_tensors
-        grad = grads[0].to(d_x.dtype)
+        grad = grads[0] * ctx.scale  # wide; a scalar leaves the tables' type alone
         return d_x * grad, d_head * grad, None, None
 
 
@@ -263,5 +317,22 @@ def head_loss(x: Tensor, head: Tensor, targets: Tensor, terms: LossTerms) -> tup
     return loss, nats
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The type for statistics: fp32, or fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One implementation of the model's operators; all of them compute the same mathematics."""
+
+    norm: Callable[[Tensor], Tensor]
+    rope: Callable[[Tensor, Rotation], Tensor]
+    relu2: Callable[[Tensor], Tensor]
+    mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    head_loss: Callable[[Tensor, Tensor, Tensor, LossTerms], tuple[Tensor, Tensor]]
+    token_nats: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+HAND_WRITTEN = Ops(norm, rope, relu2, mix, head_loss, token_nats)
+"""The operators of this module: fast on a CPU, where nothing is compiled."""

@@ -9,11 +9,13 @@ nanochat and modded-nanogpt. Plain functions on explicit state: nothing is hidde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from society.model import schedule
 from society.model.flops import is_matrix
@@ -31,8 +33,9 @@ POLAR_EXPRESS = (
 REFERENCE_DIM = 768
 """AdamW's rates are given for this width and scale with its square root (nanochat)."""
 ADAM_EPS = 1e-10
-RESIDUAL_RATE = 0.01
-"""The residual scalars' rate relative to the x0 scalars'."""
+ADAM_MATRIX_RATE = 0.1
+"""AdamW's rate for matrices relative to Muon's: an entry of an orthogonal update is about
+1 / sqrt(width), one of AdamW's about 1."""
 
 
 @dataclass(slots=True)
@@ -63,6 +66,7 @@ class MuonGroup:
     lr: float
     beta2: float
     polar_steps: int
+    weight_decay: float = 0.0
     momentum: Tensor = field(init=False)
     square: Tensor = field(init=False)
     """Second moment per row (tall matrices) or column, (matrices, rows, 1) or (…, 1, columns)."""
@@ -79,7 +83,9 @@ class MuonGroup:
         return -1 if rows >= columns else -2
 
 
-def adam_step(group: AdamGroup, grad: Tensor, step: int, rate: float = 1.0) -> None:
+def adam_step(
+    group: AdamGroup, grad: Tensor, step: int, rate: float = 1.0, decay: float = 1.0
+) -> None:
     """One AdamW update in place (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
     Args:
@@ -87,30 +93,37 @@ def adam_step(group: AdamGroup, grad: Tensor, step: int, rate: float = 1.0) -> N
         grad: Same shape as the parameter, any float type.
         step: Counted from 1.
         rate: Factor on the group's learning rate.
+        decay: Factor on the group's weight decay.
     """
-    grad = grad.to(group.param.dtype)
-    lr = group.lr * rate
-    if group.weight_decay:
-        group.param.mul_(1 - lr * group.weight_decay)
-    group.mean.lerp_(grad, 1 - group.beta1)
-    group.square.mul_(group.beta2).addcmul_(grad, grad, value=1 - group.beta2)
-    root = (1 - group.beta2**step) ** 0.5
-    spread = group.square.sqrt().div_(root).add_(ADAM_EPS)
-    group.param.addcdiv_(group.mean, spread, value=-lr / (1 - group.beta1**step))
+    adamw(
+        [group.param],
+        [grad.to(group.param.dtype)],
+        [group.mean],
+        [group.square],
+        [],
+        [torch.tensor(step - 1.0, device=group.param.device)],
+        fused=True,  # one pass over memory instead of eight
+        amsgrad=False,
+        beta1=group.beta1,
+        beta2=group.beta2,
+        lr=group.lr * rate,
+        weight_decay=group.weight_decay * decay,
+        eps=ADAM_EPS,
+        maximize=False,
+    )
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """The nearest orthogonal matrices, roughly: (matrices, rows, columns) -> same, bf16."""
     x = matrices.bfloat16()
-    if tall := x.shape[-2] > x.shape[-1]:
-        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = x.shape[-2] > x.shape[-1]  # the small square product, without a transposed copy
     for i in range(steps):
         a, b, c = POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)]
-        gram = torch.bmm(x, x.mT)
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)
+    return x
 
 
 def _even_out(group: MuonGroup, update: Tensor) -> Tensor:
@@ -132,7 +145,7 @@ def muon_step(group: MuonGroup, grads: Tensor, rate: float, momentum: float, dec
         grads: (matrices, rows, columns), any float type.
         rate: Factor on the group's learning rate.
         momentum: Fraction of the momentum kept (Nesterov form).
-        decay: Weight decay per unit of learning rate.
+        decay: Factor on the group's weight decay.
     """
     grads = grads.to(group.momentum.dtype)
     group.momentum.lerp_(grads, 1 - momentum)
@@ -141,24 +154,35 @@ def muon_step(group: MuonGroup, grads: Tensor, rate: float, momentum: float, dec
     )
     rows, columns = group.stacked.shape[-2:]
     lr = group.lr * rate * max(1.0, rows / columns) ** 0.5
-    if decay:
-        agrees = (update * group.stacked) >= 0
-        update.addcmul_(group.stacked, agrees, value=decay)
+    if group.weight_decay:
+        agrees = (update * group.stacked).ge_(0)  # fp32: faster than a mask of another type
+        update.addcmul_(group.stacked, agrees, value=decay * group.weight_decay)
     group.stacked.sub_(update, alpha=lr)
+
+
+class Steps(NamedTuple):
+    """One implementation of the updates, with the arguments of `adam_step` and `muon_step`."""
+
+    adam: Callable[[AdamGroup, Tensor, int, float, float], None]
+    muon: Callable[[MuonGroup, Tensor, float, float, float], None]
+
+
+EAGER = Steps(adam_step, muon_step)
+"""The updates of this module, one operation after the other."""
 
 
 class Optimizer:
     """All groups of one model. Not thread-safe; owns the master weights it returns."""
 
-    def __init__(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, recipe: Recipe, weights: Mapping[str, Tensor], steps: Steps = EAGER) -> None:
         """Take over fp32 weights; read them back from `masters`."""
-        self._recipe = recipe
+        self._recipe, self._steps = recipe, steps
         self._step = 0
         self._muon = _muon_groups(recipe, weights)
         self._adam = {
             name: _adam_group(recipe, name, weight)
             for name, weight in weights.items()
-            if not is_matrix(name)
+            if not _by_muon(recipe, name)
         }
         matrices = {
             name: group.stacked[i] for group in self._muon for i, name in enumerate(group.names)
@@ -173,16 +197,20 @@ class Optimizer:
         momentum = schedule.momentum(self._recipe, progress)
         decay = schedule.decay(self._recipe, progress)
         for name, adam in self._adam.items():
-            adam_step(adam, grads[name], self._step, rate)
+            self._steps.adam(adam, grads[name], self._step, rate, decay)
         for muon in self._muon:
             stacked = torch.stack([grads[name] for name in muon.names])
-            muon_step(muon, stacked, rate, momentum, decay)
+            self._steps.muon(muon, stacked, rate, momentum, decay)
+
+
+def _by_muon(recipe: Recipe, name: str) -> bool:
+    return recipe.optimizer == "muon" and is_matrix(name)
 
 
 def _muon_groups(recipe: Recipe, weights: Mapping[str, Tensor]) -> list[MuonGroup]:
     by_shape: dict[torch.Size, list[str]] = {}
     for name, weight in weights.items():
-        if is_matrix(name):
+        if _by_muon(recipe, name):
             by_shape.setdefault(weight.shape, []).append(name)
     return [
         MuonGroup(
@@ -191,18 +219,26 @@ def _muon_groups(recipe: Recipe, weights: Mapping[str, Tensor]) -> list[MuonGrou
             recipe.matrix_lr * recipe.lr_scale,
             recipe.muon_beta2,
             recipe.polar_steps,
+            recipe.weight_decay,
         )
         for names in by_shape.values()
     ]
 
 
 def _adam_group(recipe: Recipe, name: str, weight: Tensor) -> AdamGroup:
-    lr = recipe.embedding_lr
-    if name == "head":
-        lr = recipe.head_lr
-    elif name == "residual_scale":
-        lr = recipe.scalar_lr * RESIDUAL_RATE
-    elif name == "x0_scale":
-        lr = recipe.scalar_lr
-    lr *= recipe.lr_scale * (recipe.dim / REFERENCE_DIM) ** -0.5
-    return AdamGroup(weight.clone(), lr, recipe.adam_beta1, recipe.adam_beta2)
+    lr, weight_decay = _adam_rates(recipe, name)
+    lr *= recipe.lr_scale
+    return AdamGroup(weight.clone(), lr, recipe.adam_beta1, recipe.adam_beta2, weight_decay)
+
+
+def _adam_rates(recipe: Recipe, name: str) -> tuple[float, float]:
+    """Learning rate (before `lr_scale`) and weight decay of a tensor that AdamW trains."""
+    scale = (recipe.width / REFERENCE_DIM) ** -0.5
+    if is_matrix(name):
+        return recipe.matrix_lr * ADAM_MATRIX_RATE, recipe.weight_decay
+    scalars = {"residual_scale": recipe.residual_lr}
+    scalars |= dict.fromkeys(("x0_scale", "skip"), recipe.scalar_lr)
+    if name in scalars:
+        return scalars[name] * scale, 0.0
+    tables = {"embed": recipe.embedding_lr, "head": recipe.head_lr}
+    return tables.get(name, recipe.value_embed_lr) * scale, recipe.adam_decay

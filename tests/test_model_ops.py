@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from society.model import attention, ops
+from society.model import attention, gpt, ops
+from society.model.recipe import Recipe
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 """Largest absolute difference; values and gradients here are of order one."""
@@ -47,6 +48,15 @@ def test_norm(dtype: torch.dtype) -> None:
         [draw(3, 5, 8, dtype=dtype)],
         TOLERANCE[dtype],
     )
+
+
+def test_norm_and_its_gradient_at_zero() -> None:
+    """A layer that adds nothing yet is normalised too, where norms stand behind the layers."""
+    x = torch.zeros(3, 8, dtype=torch.float64, requires_grad=True)
+    y = ops.norm(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(x))
+    assert torch.equal(y, torch.zeros_like(y))
+    torch.testing.assert_close(grad, torch.full_like(grad, ops.EPS**-0.5))
 
 
 def test_norm_of_a_tiny_tied_table_row_is_a_unit_row() -> None:
@@ -110,6 +120,20 @@ def test_head_loss_over_several_chunks(dtype: torch.dtype, smoothing: float, z_l
     )
 
 
+def test_head_loss_over_several_blocks_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(ops, "BLOCK_LOGITS", 450)  # 8 rows of 50
+    x, head = draw(21, 16, dtype=torch.float64), draw(50, 16, dtype=torch.float64, seed=1)
+    targets = torch.arange(21) * 2
+    terms = ops.LossTerms(5.0, 0.1, 0.01)
+    same(
+        lambda x, head: ops.head_loss(x, head, targets, terms)[0],
+        lambda x, head: plain_loss(x, head, targets, terms),
+        [x, head],
+        TOLERANCE[torch.float64],
+    )
+
+
 def test_head_loss_reports_plain_nats_whatever_the_objective() -> None:
     x, head = draw(9, 8, dtype=torch.float64), draw(20, 8, dtype=torch.float64, seed=1)
     targets = torch.arange(9)
@@ -148,3 +172,52 @@ def test_attention_equals_torch(dtype: torch.dtype, window: int) -> None:
         inputs,
         TOLERANCE[dtype],
     )
+
+
+PROJECTED = {
+    "default": {},
+    "grouped": {"heads": 4, "kv_heads": 2, "qk_scale": 1.3},
+    "one-head": {"heads": 1, "head_size": 12, "window_pattern": "L"},
+    "ungated": {"value_gate": "none", "value_embeds": "all"},
+    "half": {"value_gate": "fixed"},
+    "without": {"value_embeds": "off", "rope_base": 100.0},
+}
+
+
+@pytest.mark.parametrize("knobs", PROJECTED.values(), ids=PROJECTED.keys())
+def test_attention_by_hand_equals_the_composed_one(
+    dtype: torch.dtype, knobs: dict[str, object]
+) -> None:
+    recipe = Recipe.model_validate(
+        {"vocab": 300, "dim": 32, "depth": 1, "seq_len": 8, "batch_tokens": 24, **knobs}
+    )
+    like = torch.empty((), dtype=dtype)
+    heads, groups = (n * recipe.head_dim for n in (recipe.heads, recipe.kv_count))
+    gated = bool(recipe.value_layers) and recipe.value_gate == "learned"
+    inputs = [
+        draw(*shape, dtype=dtype, seed=seed)
+        for seed, shape in enumerate(
+            [(24, 32), (heads, 32), (groups, 32), (groups, 32), (recipe.kv_count, 32), (24, groups)]
+        )
+    ]
+
+    def by_hand(x: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, own: Tensor) -> Tensor:
+        weights = attention.Projections(q, k, v, gate if gated else None)
+        y = attention.projected(recipe, like)[0](x, weights, own if recipe.value_layers else None)
+        return y + 0 * (gate.sum() + own.sum())
+
+    def composed(x: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, own: Tensor) -> Tensor:
+        weights = attention.Projections(q, k, v, gate if gated else None)
+        fixed = gpt.constants(recipe, x)
+        embedded = own if recipe.value_layers else None
+        return gpt._composed(recipe, fixed, 0, x, weights, embedded) + 0 * (gate.sum() + own.sum())
+
+    same(by_hand, composed, inputs, 50 * TOLERANCE[dtype])  # inputs of order 30, not 1
+
+
+def test_attention_by_hand_keeps_no_gradient_it_is_not_asked_for() -> None:
+    recipe = Recipe(vocab=300, dim=32, depth=1, seq_len=8, batch_tokens=24, value_embeds="off")
+    with torch.inference_mode():
+        weights = attention.Projections(*(torch.ones(32, 32) for _ in range(3)))
+        (layer,) = attention.projected(recipe, torch.empty(()))
+        assert layer(torch.ones(24, 32), weights, None).shape == (24, 32)

@@ -51,7 +51,7 @@ def test_more_iterations_come_closer() -> None:
 
 
 def muon_group(weights: torch.Tensor) -> optim.MuonGroup:
-    return optim.MuonGroup(("w",), weights, lr=0.1, beta2=0.9, polar_steps=5)
+    return optim.MuonGroup(("w",), weights, lr=0.1, beta2=0.9, polar_steps=5, weight_decay=0.6)
 
 
 def test_evening_out_keeps_the_norm_and_levels_the_rows() -> None:
@@ -66,7 +66,7 @@ def test_evening_out_keeps_the_norm_and_levels_the_rows() -> None:
 def test_muon_step_is_its_definition() -> None:
     weights, grads = noise(2, 32, 8), noise(2, 32, 8, seed=1)
     group = muon_group(weights.clone())
-    optim.muon_step(group, grads, rate=0.5, momentum=0.9, decay=0.3)
+    optim.muon_step(group, grads, rate=0.5, momentum=0.9, decay=0.5)
     nesterov = (1 - 0.9) * grads + 0.9 * (1 - 0.9) * grads
     update = optim._even_out(muon_group(weights), optim.orthogonalize(nesterov, 5))
     lr = 0.1 * 0.5 * 2  # tall matrices: sqrt(32 / 8)
@@ -145,7 +145,7 @@ def test_schedules_at_their_corners() -> None:
     assert schedule.momentum(recipe, 0.0) == pytest.approx(0.85)
     assert schedule.momentum(recipe, 0.25) == pytest.approx(0.9)
     assert schedule.momentum(recipe, 0.7) == pytest.approx(0.95)
-    assert schedule.decay(recipe, 0.25) == pytest.approx(0.15)
+    assert schedule.decay(recipe, 0.25) == pytest.approx(0.75)
 
 
 def test_schedules_that_are_switched_off() -> None:
