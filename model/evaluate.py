@@ -1,7 +1,8 @@
 """Bits per byte of a saved model: the harness's own code, run in another process than training.
 
-Bits per byte = summed nats / (ln 2 x UTF-8 bytes of the target tokens). It compares models with
-different vocabularies, because the text is counted in bytes; BOS stands for none.
+Bits per byte = summed nats / (ln 2 x UTF-8 bytes), over the target tokens that stand for bytes. It
+compares models with different vocabularies, because the text is counted in bytes. Special tokens
+stand for none and count in neither sum, as in `evaluate_bpb` of github.com/karpathy/autoresearch.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import torch
 from torch import Tensor
 
 from society.errors import SocietyError
-from society.model import gpt, ops
+from society.model import gpt, kernels, packing
 from society.model.data import EvalTokens
 from society.model.recipe import Recipe
 from society.model.weights import load
 
 SCORED_BYTES = 100_000
-"""The text that is scored: the first bytes of the split, the same for every recipe.
+"""The text that is scored by default: the first bytes of the split, the same for every recipe.
 
 A fixed number of tokens would score recipes with a larger vocabulary on more, and other, text
 (measured: up to .01 bits per byte between 1,024 and 2,048 tokens). At the default vocabulary this
 is 32 thousand tokens.
 """
-BATCH_TOKENS = 2_048
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 """Tokens in one forward pass; the score does not depend on it beyond rounding."""
 
 
@@ -48,24 +49,36 @@ class Bpb:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Which text a model is scored on, and how it is cut into rows."""
+
+    tokens: int = 0
+    """Targets in best-fit rows, each starting with a document, as the public benchmark does it; 0
+    for the first `SCORED_BYTES` bytes of the split, documents one after the other."""
+    seq_len: int = 2_048
+    """Tokens of a best-fit row. A model with shorter rows reads each of them in pieces."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """What is fed to the model, and which of its predictions count."""
 
-    blocks: Tensor
-    """Token ids, int64, (rows, T + 1): each row and the target of its last token."""
-    counted: Tensor
-    """Boolean, (rows, T): every target counts once."""
+    blocks: np.ndarray
+    """Token ids, (rows, T + 1): each row and the target of its last token."""
+    counted: np.ndarray
+    """Boolean, (rows, T): every target that stands for bytes counts once."""
 
 
-def evaluate(path: Path, tokens: EvalTokens, device: str = "cpu") -> Bpb:
+def evaluate(
+    path: Path, tokens: EvalTokens, device: str = "cpu", scoring: Scoring = Scoring()
+) -> Bpb:
     """Score a saved model on an evaluation split.
-
-    Rows of `seq_len` tokens are contiguous, so every token but the first is a target once.
 
     Args:
         path: What `weights.save` wrote.
         tokens: The split in the model's vocabulary.
         device: A torch device.
+        scoring: Which text is scored.
 
     Raises:
         BadWeights: The file is not a usable model.
@@ -73,38 +86,79 @@ def evaluate(path: Path, tokens: EvalTokens, device: str = "cpu") -> Bpb:
     """
     recipe, masters = load(path)
     _check(path, recipe, tokens)
-    on_device = {name: weight.to(device) for name, weight in masters.items()}
-    weights = gpt.working_copy(on_device, grad=False)
-    fixed = gpt.constants(recipe, torch.empty((), dtype=torch.bfloat16, device=device))
-    rows = scored_rows(recipe, tokens)
-    batch = max(1, BATCH_TOKENS // recipe.seq_len)
-    nats = 0.0
-    with torch.inference_mode():
-        for start in range(0, len(rows.blocks), batch):
-            part = slice(start, start + batch)
-            each = _nats(recipe, weights, fixed, rows.blocks[part].to(device))
-            nats += each[rows.counted[part].flatten().to(device)].sum(dtype=torch.float64).item()
-    targets = rows.blocks[:, 1:][rows.counted].numpy()
+    rows = scored_rows(recipe, tokens, scoring)
+    nats = _nats(recipe, masters, rows, device)
+    targets = rows.blocks[:, 1:][rows.counted]
     size = int(tokens.token_bytes[targets].sum(dtype=np.int64))
     return _checked(Bpb(nats / (math.log(2) * size), targets.size, size), path)
 
 
-def scored_rows(recipe: Recipe, tokens: EvalTokens) -> Rows:
-    """Contiguous rows over the scored text; the last one reaches back to be whole."""
-    length = recipe.seq_len
-    ends = tokens.token_bytes[tokens.tokens].cumsum(dtype=np.int64)
-    last = max(length, int(np.searchsorted(ends, SCORED_BYTES, side="right")) - 1)
-    starts = np.minimum(np.arange(0, last, length), last - length)[:, None]
-    blocks = tokens.tokens[starts + np.arange(length + 1)].astype(np.int64)
-    counted = np.ones((len(starts), length), dtype=bool)
-    counted[-1, : len(starts) * length - last] = False
-    return Rows(torch.from_numpy(blocks), torch.from_numpy(counted))
+def scored_rows(recipe: Recipe, tokens: EvalTokens, scoring: Scoring = Scoring()) -> Rows:
+    """The scored text in rows of the recipe's length; the targets are the same for every length."""
+    text = _public_rows(tokens, scoring) if scoring.tokens else _first_bytes(recipe, tokens)
+    blocks, counted = _cut(text, recipe.seq_len)
+    return Rows(blocks, counted & (tokens.token_bytes[blocks[:, 1:]] > 0))
 
 
-def _nats(recipe: Recipe, weights: gpt.Weights, fixed: gpt.Constants, block: Tensor) -> Tensor:
+def _first_bytes(recipe: Recipe, tokens: EvalTokens) -> np.ndarray:
+    """The first bytes of the split as one long row: (1, tokens)."""
+    start = tokens.tokens[: 2 * SCORED_BYTES]  # enough: no document is empty
+    ends = tokens.token_bytes[start].cumsum(dtype=np.int64)
+    last = max(recipe.seq_len, int(np.searchsorted(ends, SCORED_BYTES, side="right")) - 1)
+    return tokens.tokens[None, : last + 1]
+
+
+def _public_rows(tokens: EvalTokens, scoring: Scoring) -> np.ndarray:
+    """The first best-fit rows of the split: (rows, seq_len + 1)."""
+    lengths = packing.document_lengths(tokens.starts, len(tokens.tokens))
+    arriving = packing.reading_order(tokens.groups or (len(lengths),))
+    packer = packing.BestFit(tokens.starts, lengths, arriving, scoring.seq_len + 1)
+    return packer.take(max(1, scoring.tokens // scoring.seq_len)).block(tokens.tokens)
+
+
+def _cut(text: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (rows, N + 1) as pieces of `length` tokens and their targets.
+
+    The last piece of a row reaches back to be whole; what it has in common with the one before
+    counts there. A row that is shorter than a piece is filled up at its end, where no prediction
+    that counts can see it.
+    """
+    targets = text.shape[1] - 1
+    if targets < length:
+        text = np.pad(text, ((0, 0), (0, length - targets)))
+    last = text.shape[1] - 1
+    starts = np.minimum(np.arange(0, last, length), last - length)
+    blocks = text[:, starts[:, None] + np.arange(length + 1)]  # (rows, pieces, length + 1)
+    counted = np.ones((*blocks.shape[:2], length), dtype=bool)
+    counted[:, -1, : len(starts) * length - last] = False
+    if targets < length:
+        counted[..., targets:] = False
+    return blocks.reshape(-1, length + 1), counted.reshape(-1, length)
+
+
+def _nats(recipe: Recipe, masters: gpt.Weights, rows: Rows, device: str) -> float:
+    """Summed cross-entropy of the targets that count."""
+    on_device = {name: weight.to(device) for name, weight in masters.items()}
+    weights = gpt.working_copy(on_device, grad=False)
+    fixed = kernels.constants(recipe, torch.empty((), dtype=torch.bfloat16, device=device))
+    batch = max(1, BATCH_TOKENS[torch.device(device).type] // recipe.seq_len)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for start in range(0, len(rows.blocks), batch):
+            part = slice(start, start + batch)
+            block = torch.from_numpy(rows.blocks[part].astype(np.int64)).to(device)
+            counted = torch.from_numpy(rows.counted[part]).to(device).flatten()
+            each = _token_nats(recipe, weights, fixed, block)
+            total += each.where(counted, 0.0).sum(dtype=torch.float64)
+    return total.item()
+
+
+def _token_nats(
+    recipe: Recipe, weights: gpt.Weights, fixed: gpt.Constants, block: Tensor
+) -> Tensor:
     """Cross-entropy of a block's targets: (B, T + 1) -> (B * T,)."""
     x = gpt.activations(recipe, weights, fixed, block[:, :-1])
-    return ops.token_nats(x, weights["head"], block[:, 1:].reshape(-1), recipe.softcap)
+    return fixed.ops.token_nats(x, weights["head"], block[:, 1:].reshape(-1), recipe.softcap)
 
 
 def _check(path: Path, recipe: Recipe, tokens: EvalTokens) -> None:

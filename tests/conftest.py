@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import pytest_socket
 
@@ -81,3 +82,39 @@ def small_lab(tmp_path_factory):
     assert (done.code, done.err) == (0, "")
     (lab / "stdout.txt").write_text(done.out)
     return lab
+
+
+@pytest.fixture(scope="session", name="plain_best_fit")
+def _plain_best_fit():
+    """Best-fit packing as a function of documents, groups, rows and capacity."""
+    return plain_best_fit
+
+
+def plain_best_fit(documents, groups, rows, capacity, buffer_size=1000, read=128):
+    """Best fit with a list and two scans, as one would write it down: (rows, capacity)."""
+
+    def reader():
+        while True:
+            at = 0
+            for size in groups:
+                group = documents[at : at + size]
+                at += size
+                for start in range(0, size, read):
+                    yield group[start : start + read]
+
+    batches, waiting, found = reader(), [], []
+    for _ in range(rows):
+        row = []
+        while len(row) < capacity:
+            while len(waiting) < buffer_size:
+                waiting.extend(next(batches))
+            room = capacity - len(row)
+            fitting = [i for i, document in enumerate(waiting) if len(document) <= room]
+            if fitting:
+                best = max(fitting, key=lambda i: len(waiting[i]))  # the first of the longest
+                row.extend(waiting.pop(best))
+            else:
+                shortest = min(range(len(waiting)), key=lambda i: len(waiting[i]))
+                row.extend(waiting.pop(shortest)[:room])
+        found.append(row)
+    return np.asarray(found)
