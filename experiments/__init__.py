@@ -2,11 +2,15 @@
 
     task        the seam: what is being improved, and how one run of it is made
     space       typed knobs, canonical variants, distances
+    noise       spread over seeds, its components, and what pairing removes
     executor    the contract of executors, and one that runs in this process
     local       warm worker processes on this machine
     worker      what those processes do
+    placement   which accelerator each slot works on
     synthetic   a task for tests and documentation, milliseconds per run
     pretrain    the reference workload: GPT pre-training, bits per byte
+    findings    published findings as data
+    verdicts    the rules by which the replication of a finding is judged
 
 `LocalExecutor` is in `society.experiments.local`; neither it nor this package imports torch.
 """

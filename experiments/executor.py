@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import importlib.util
 import math
 import platform
 import tempfile
@@ -12,9 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from society.errors import SocietyError
+from society.errors import InvalidVariant, SocietyError
 from society.experiments.space import Space
 from society.experiments.task import Diverged, Refused, Role, Task, TrainReport
+from society.model.device import arithmetic, identify, is_out_of_memory
 from society.records import Budget, BudgetKind, Cost, Environment, Measurement, Outcome, Work
 
 CURVE_POINTS = 64
@@ -36,7 +39,7 @@ class Executor(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many runs can be in progress at once."""
+        """How many runs can be in progress at once; final once started."""
 
     @property
     def environment(self) -> Environment:
@@ -106,7 +109,7 @@ class InlineExecutor:
 
     def _measure(self, work: Work, scratch: Path) -> tuple[TrainReport, float]:
         recipe = recipe_of(self.task, work)
-        report = self.task.train(recipe, work.seed, work.budget, scratch, self.device)
+        report = train(self.task, recipe, work, scratch, self.device)
         check_budget(work.budget, report)
         return report, check_score(self.task.score(scratch, recipe, work.split, self.device))
 
@@ -117,13 +120,23 @@ class InlineExecutor:
         """Nothing can be stopped."""
 
 
+def train(task: Task, recipe: object, work: Work, scratch: Path, device: str) -> TrainReport:
+    """Have the task train; a task that knows no second seed is asked for none."""
+    if work.data_seed is None:
+        return task.train(recipe, work.seed, work.budget, scratch, device)
+    return task.train(recipe, work.seed, work.budget, scratch, device, data_seed=work.data_seed)
+
+
 def recipe_of(task: Task, work: Work) -> object:
-    """The recipe to train. Raises `Refused` for foreign work and for code changes."""
+    """The recipe to train. Raises `Refused` for foreign work, code changes, impossible shapes."""
     if work.variant.task != task.key:
         raise Refused(f"The work is for task {work.variant.task!r}; this executor runs {task.key}.")
     if work.variant.patch is not None:
         raise Refused("The variant changes code, and this executor has no sandbox for code.")
-    return Space.of(task).recipe(work.variant)
+    try:
+        return Space.of(task).recipe(work.variant)
+    except InvalidVariant as error:
+        raise Refused(str(error)) from error
 
 
 def check_budget(budget: Budget, report: TrainReport) -> None:
@@ -157,18 +170,13 @@ def describe_error(error: Exception) -> str:
     """One line for the log: the message of an outcome, type and message of a crash."""
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
-        return f"out of memory: {type(error).__name__}: {text}".removesuffix(": ")
+        kind = "" if isinstance(error, MemoryError) and text else f"{type(error).__name__}: "
+        return f"out of memory: {kind}{text}".removesuffix(": ")
     if isinstance(error, Diverged | Refused):
         return f"{outcome_of(error)}: {text}"
     if isinstance(error, SocietyError):
         return text
     return f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; torch raises a plain RuntimeError on the CPU."""
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def cost_of(
@@ -188,6 +196,10 @@ def cost_of(
         tokens=report.tokens,
         steps=report.steps,
         mem_bytes=mem_bytes,
+        train_s=report.train_s,
+        compile_s=report.compile_s,
+        mfu=report.mfu,
+        device_mem_bytes=report.device_mem_bytes,
     )
 
 
@@ -201,22 +213,40 @@ def thin(curve: Sequence[float], points: int = CURVE_POINTS) -> tuple[float, ...
 
 def describe(task: Task, device: str) -> Environment:
     """The environment of runs in this process. May start an accelerator: call it in a child."""
-    name, capability = device, platform.machine()
+    name, capability, more = device, platform.machine(), ""
     if "torch" in task.packages:
-        name, capability = _torch_device(device)
+        (name, capability), more = identify(device), arithmetic(device)
     return Environment(
         device=name,
         capability=capability,
         threads=1,
         python=platform.python_version(),
         packages={package: version(package) for package in task.packages},
+        arithmetic=more,
+        code=source_digest(task.code),
     )
 
 
-def _torch_device(device: str) -> tuple[str, str]:
-    import torch  # only for tasks that use it
+def source_digest(names: Sequence[str]) -> str:
+    """The first 12 hex digits of a sha256 over the source of modules and packages.
 
-    if device == "cpu":
-        return device, str(torch.backends.cpu.get_cpu_capability())
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{torch.cuda.get_device_name(device)}", f"sm_{major}{minor}"
+    Whoever changes how a run is made makes another environment, in which other bits are no
+    surprise. A module that cannot be found counts by its name.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        for file in _sources(name):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _sources(name: str) -> list[Path]:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return []
+    if spec is None or spec.origin is None:
+        return []
+    origin = Path(spec.origin)
+    return sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]

@@ -18,15 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
+from society import logs
 from society.errors import ExecutorError
 from society.experiments.executor import TAIL_CHARS, cost_of
+from society.experiments.placement import place
 from society.experiments.task import Role, TrainReport
 from society.experiments.worker import HEADER, Message, Order, pack
+from society.model.device import ISA_VARIABLES, Card
 from society.records import Environment, Measurement, Outcome, Work
 
 MODULE = "society.experiments.worker"
@@ -34,8 +37,14 @@ START_S = 1_800.0
 """Longest start: the first one prepares the data."""
 STOP_S = 10.0
 """How long an idle worker may take to leave before it is killed."""
-KEPT = ("PATH", "HOME", "USER", "TMPDIR", "TZ", "SYSTEMROOT", "VIRTUAL_ENV", "SOCIETY_CACHE")
-KEPT_PREFIXES = ("LANG", "LC_", "PYTHON", "LD_", "DYLD_", "CUDA_", "NVIDIA_", "COVERAGE_")
+KEPT = (
+    "PATH", "HOME", "USER", "TMPDIR", "TZ", "SYSTEMROOT", "VIRTUAL_ENV", "SOCIETY_CACHE", "CC",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", *ISA_VARIABLES,
+)  # fmt: skip
+KEPT_PREFIXES = (
+    "LANG", "LC_", "PYTHON", "LD_", "DYLD_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "COVERAGE_",
+    "TORCHINDUCTOR_", "TRITON_",
+)  # fmt: skip
 """What workers see of the environment: no key of any service is among it."""
 ONE_THREAD = {
     name: "1"
@@ -108,6 +117,8 @@ class _Link:
 class _Slot:
     """A place for one run at a time."""
 
+    device: str
+    """Where its runs are made: `cpu`, or one card."""
     loops: dict[Role, _Link] = field(default_factory=dict)
     since: float | None = None
     """When its present run began (monotonic); None while it is free."""
@@ -131,15 +142,13 @@ class LocalExecutor:
         Args:
             task: Name or `module:Class`, as for `load_task`.
             profile: Name or path of the profile.
-            slots: Runs at once; by default one per core, or one on an accelerator.
-            device: `cpu`, or a torch device such as `cuda:0`.
+            slots: Runs at once, at most; by default one per core, or as many as the cards hold.
+            device: `cpu`, `cuda` for all visible cards, or one of them, e.g. `cuda:0`.
         """
         self.task, self.profile, self.device = task, profile, device
+        self._asked = slots
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        self.slots: int = slots or (cores if device == "cpu" else 1)
-        self._turn = asyncio.Semaphore(self.slots)
-        self._places = [_Slot() for _ in range(self.slots)]
-        self._free = list(reversed(self._places))
+        self._arrange([device] * (slots or (cores if device == "cpu" else 1)))
         self._forking = asyncio.Lock()
         self._busy_s = 0.0
         self._stopped = False
@@ -149,6 +158,13 @@ class LocalExecutor:
         self._scratch: Path | None = None
         self._environment: Environment | None = None
         self._data_hash = ""
+
+    def _arrange(self, devices: Sequence[str]) -> None:
+        """Make one slot per entry, on that device; nothing may be running."""
+        self.slots = len(devices)
+        self._turn = asyncio.Semaphore(self.slots)
+        self._places = [_Slot(device) for device in devices]
+        self._free = list(reversed(self._places))
 
     @property
     def environment(self) -> Environment:
@@ -176,12 +192,24 @@ class LocalExecutor:
             hello = await self._hello()
             self._environment = Environment(**hello["environment"])
             self._data_hash = hello["data_hash"]
+            self._occupy_cards(hello)
             for slot in self._places:
                 for role in Role:
-                    slot.loops[role] = await self._fork(role)
+                    slot.loops[role] = await self._fork(role, slot.device)
         except BaseException:
             self.kill()
             raise
+
+    def _occupy_cards(self, hello: Message) -> None:
+        """Spread the slots over the accelerators, now that they are known."""
+        found = [Card(**card) for card in hello["cards"]]
+        if not found:
+            return
+        plan = place(
+            found, need_bytes=hello["need_bytes"], seconds=hello["seconds"], asked=self._asked
+        )
+        self._arrange(plan.devices)
+        logs.get("executor").warning("slots", slots=self.slots, why=plan.reason)
 
     async def run(self, work: Work) -> Measurement:
         """Execute one piece of work when a slot is free."""
@@ -262,7 +290,7 @@ class LocalExecutor:
         }
         for _ in range(2):
             if role not in slot.loops:
-                slot.loops[role] = await self._fork(role)
+                slot.loops[role] = await self._fork(role, slot.device)
             try:
                 return await slot.loops[role].ask(request)
             except _Gone:
@@ -303,7 +331,7 @@ class LocalExecutor:
             env=_environ(),
         )
 
-    async def _fork(self, role: Role) -> _Link:
+    async def _fork(self, role: Role, device: str) -> _Link:
         """Have the zygote fork a new loop, and wait until it is ready."""
         async with self._forking:
             if self._stopped or self._link is None:
@@ -312,7 +340,7 @@ class LocalExecutor:
             loop = self._new_link(ours)
             try:
                 with theirs:
-                    self._link.pass_on(role, theirs)
+                    self._link.pass_on(f"{role} {device}", theirs)
                 await loop.receive()
             except _Gone:
                 self._drop(loop)
@@ -379,6 +407,7 @@ def _plain(work: Work) -> Message:
             "patch": variant.patch,
         },
         "seed": work.seed,
+        "data_seed": work.data_seed,
         "split": work.split,
         "budget": {"kind": work.budget.kind, "amount": work.budget.amount},
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from society.experiments.task import (
     load_profile,
     parse,
 )
-from society.knobs import Knob
+from society.knobs import Knob, Span
 from society.records import Budget, Split, Variant
 
 FLOOR = 1.6
@@ -122,6 +123,7 @@ class Synthetic:
     direction = Direction.MINIMISE
     recipe = SyntheticRecipe
     packages: tuple[str, ...] = ("numpy",)
+    code: tuple[str, ...] = ("society.experiments.synthetic",)
 
     def __init__(self, profile: str = "quick") -> None:
         """Read the profile, by name or path."""
@@ -131,12 +133,13 @@ class Synthetic:
         self.budget: Budget = settings.budget
         self.limits: Limits = settings.limits
         self.baseline = parse(SyntheticRecipe, settings.recipe, profile)
+        self.spans: Mapping[str, Span] = settings.knobs
         self.options = parse(Options, settings.options, profile)
 
     @cached_property
     def space(self) -> Space:
         """The search space around the baseline."""
-        return Space(self.recipe, self.baseline)
+        return Space.of(self)
 
     def warm_up(self) -> None:
         """Import numpy's generators, which it loads at their first use, and read the knobs."""
@@ -162,12 +165,20 @@ class Synthetic:
         return loss + 0.15 * (math.sqrt(FULL_STEPS / steps) - 1)
 
     def train(
-        self, recipe: SyntheticRecipe, seed: int, budget: Budget, scratch: Path, device: str
+        self,
+        recipe: SyntheticRecipe,
+        seed: int,
+        budget: Budget,
+        scratch: Path,
+        device: str,
+        *,
+        data_seed: int | None = None,
     ) -> TrainReport:
         """Write what the model would score, without the noise of the splits, to `scratch`."""
         time.sleep(self.options.sleep_s)
         self._check_stable(recipe, seed)
-        latent = self.expected(recipe, budget) + self._noise(recipe, seed)
+        noise = self._noise(recipe, seed, seed if data_seed is None else data_seed)
+        latent = self.expected(recipe, budget) + noise
         (scratch / "model.json").write_text(json.dumps({"latent": latent, "seed": seed}))
         steps = _steps(budget)
         tokens = steps * TOKENS_PER_STEP
@@ -188,8 +199,9 @@ class Synthetic:
         if heat > 1.0:
             raise Diverged(f"loss is nan at step {max(1, round(20 / heat))} (lr={recipe.lr})")
 
-    def _noise(self, recipe: SyntheticRecipe, seed: int) -> float:
-        shared = INIT_SD * _normal(seed, 0) + DATA_SD * _normal(seed, 1)
+    def _noise(self, recipe: SyntheticRecipe, seed: int, data_seed: int) -> float:
+        """The part of the initialisation, the part of the data order, and the change's own."""
+        shared = INIT_SD * _normal(seed, 0) + DATA_SD * _normal(data_seed, 1)
         slopes = np.random.default_rng([seed, 2]).standard_normal(len(BOWLS))
         moves = [self._unit(recipe, name) - self._unit(self.baseline, name) for name in BOWLS]
         if recipe == self.baseline:

@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,12 +39,14 @@ from society.experiments.executor import (
     check_score,
     describe,
     describe_error,
-    is_out_of_memory,
     outcome_of,
     recipe_of,
     thin,
+    train,
 )
 from society.experiments.task import Diverged, Limits, Role, Task, TrainReport, load_task
+from society.model import device as devices
+from society.model.device import is_out_of_memory
 from society.records import Budget, BudgetKind, Outcome, Split, Variant, Work
 
 Message = dict[str, Any]
@@ -66,6 +68,7 @@ class Order:
     task: str
     profile: str
     device: str
+    """As the user gave it, `cuda` for all cards; in a loop, the device of its slot."""
     owner: int
     """Process id of the owner."""
     scratch: str
@@ -144,6 +147,11 @@ def _prepare(task: Task, device: str) -> Message:
     return {
         "data_hash": task.prepare(),
         "environment": asdict(describe(task, device)),
+        "cards": [asdict(card) for card in devices.cards(device)]
+        if "torch" in task.packages
+        else [],
+        "need_bytes": task.limits.mem_bytes,
+        "seconds": task.budget.kind is BudgetKind.SECONDS,
     }
 
 
@@ -159,7 +167,8 @@ def _fork_on_request(order: Order, task: Task, link: socket.socket, loops: list[
         if pid == 0:
             link.detach()
             os.close(order.link)
-            _become_loop(order, task, Role(body.decode()), handles[0], zygote)
+            role, device = body.decode().split()
+            _become_loop(replace(order, device=device), task, Role(role), handles[0], zygote)
         os.close(handles[0])
         loops.append(pid)
 
@@ -201,7 +210,7 @@ def _job(order: Order, task: Task, request: Message) -> Job:
 
 
 def _train(task: Task, work: Work, scratch: Path, device: str) -> Message:
-    report = task.train(recipe_of(task, work), work.seed, work.budget, scratch, device)
+    report = train(task, recipe_of(task, work), work, scratch, device)
     check_budget(work.budget, report)
     return {"report": _plain(report)}
 
@@ -218,6 +227,7 @@ def _work(values: Message) -> Work:
         seed=values["seed"],
         split=Split(values["split"]),
         budget=Budget(BudgetKind(values["budget"]["kind"]), values["budget"]["amount"]),
+        data_seed=values["data_seed"],
     )
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Table, func, insert, literal_column, select, 
 
 from society.errors import InvariantViolated
 from society.memory import schema
-from society.memory.rows import dump, variant_values
+from society.memory.rows import dump, study_text, variant_values
 from society.records import (
     Crown,
     Decision,
@@ -22,8 +22,10 @@ from society.records import (
     NewClaim,
     NewHypothesis,
     NewInsight,
+    NewStudy,
     Noise,
     Scope,
+    StudyResult,
     Variant,
     Verdict,
 )
@@ -211,6 +213,42 @@ def _noise(tx: Connection, by: Author, entry: Noise) -> None:
     )
 
 
+def _study(tx: Connection, by: Author, entry: NewStudy) -> None:
+    number = next_number(tx, schema.studies)
+    tx.execute(
+        insert(schema.studies).values(
+            number=number,
+            id=f"st{number:03d}",
+            scope=by.scope,
+            society=by.society,
+            kind=entry.kind,
+            title=entry.title,
+            plan=study_text(entry.plan, "plan"),
+            registered_at=CLOCK,
+        )
+    )
+
+
+def _study_result(tx: Connection, by: Author, entry: StudyResult) -> None:
+    tx.execute(
+        insert(schema.study_results).values(
+            study=entry.study_id,
+            society=by.society,
+            result=study_text(entry.result, "result"),
+            concluded_at=CLOCK,
+        )
+    )
+    cited = list(dict.fromkeys(entry.evidence))
+    if cited:
+        tx.execute(
+            insert(schema.study_runs),
+            [
+                {"study": entry.study_id, "run_id": run, "place": place}
+                for place, run in enumerate(cited)
+            ],
+        )
+
+
 _WRITERS: dict[type, Callable[[Connection, Author, Any], None]] = {
     NewClaim: _claim,
     Verdict: _verdict,
@@ -220,6 +258,8 @@ _WRITERS: dict[type, Callable[[Connection, Author, Any], None]] = {
     HypothesisTaken: _taken,
     HypothesisTested: _tested,
     Noise: _noise,
+    NewStudy: _study,
+    StudyResult: _study_result,
 }
 
 

@@ -24,12 +24,14 @@ from society.records import Claim, Run
 
 _TIMES = (
     "started_at", "finished_at", "filed_at", "decided_at", "since", "posted_at", "ended_at",
+    "registered_at", "concluded_at",
 )  # fmt: skip
 
 RUN_COLUMNS = (
     "number", "id", "society", "agent", "kind", "task", "tier", "variant", "fingerprint", "seed",
     "split", "outcome", "score", "claim_id", "idea", "wall_s", "cpu_s", "gpu_s", "flops", "tokens",
-    "steps", "mem_bytes", "started_at", "finished_at",
+    "steps", "mem_bytes", "train_s", "compile_s", "mfu", "device_mem_bytes", "started_at",
+    "finished_at", "data_seed", "repeat",
 )  # fmt: skip
 CLAIM_COLUMNS = (
     "id", "society", "author", "variant", "reference", "screening_run", "screening_delta",
@@ -47,6 +49,10 @@ HYPOTHESIS_COLUMNS = (
 )  # fmt: skip
 ACTIVITY_COLUMNS = (
     "society", "agent", "role", "duty", "subject", "started_at", "ended_at", "note",
+)  # fmt: skip
+STUDY_COLUMNS = (
+    "id", "society", "task", "tier", "kind", "title", "plan", "result", "evidence",
+    "registered_at", "concluded_at",
 )  # fmt: skip
 NOISE_COLUMNS = ("task", "tier", "sd", "low", "high", "seeds")
 HIT_COLUMNS = ("similarity", "kind", "ref", "text")
@@ -142,6 +148,18 @@ class Memory:
         """Noise floors in order of measuring; the last of a scope counts."""
         return _frame(map(_fields(NOISE_COLUMNS), self._ledger.noise_history()), NOISE_COLUMNS)
 
+    def studies(self) -> pd.DataFrame:
+        """One row per study, in order of registration; `result` is None while it is not concluded.
+
+        `plan` and `result` are mappings, `evidence` is a tuple of run ids.
+        """
+        plain = _fields(tuple(name for name in STUDY_COLUMNS if name not in ("task", "tier")))
+        rows = (
+            plain(one) | {"task": one.scope.task, "tier": one.scope.tier}
+            for one in self._ledger.studies()
+        )
+        return _frame(rows, STUDY_COLUMNS)
+
     def knob_values(self) -> pd.DataFrame:
         """One row per run and one column per knob; missing where it has the baseline's value.
 
@@ -229,6 +247,8 @@ def _run_row(run: Run) -> dict[str, Any]:
         "idea": run.idea,
         "started_at": run.started_at,
         "finished_at": run.finished_at,
+        "data_seed": run.data_seed,
+        "repeat": run.repeat,
     }
 
 

@@ -51,8 +51,17 @@ _LISTS: Mapping[RunKind, tuple[SeedList, Split, tuple[RunKind, ...]]] = {
     RunKind.CALIBRATION: (SeedList.VERIFICATION, Split.HOLDOUT, POOL_KINDS),
     RunKind.VERIFICATION: (SeedList.VERIFICATION, Split.HOLDOUT, POOL_KINDS),
     RunKind.AUDIT: (SeedList.AUDIT, Split.HOLDOUT, (RunKind.AUDIT,)),
+    RunKind.STUDY: (SeedList.STUDY, Split.HOLDOUT, (RunKind.STUDY,)),
 }
 """Kind of run -> its seed list, its split, and the kinds that share its seeds."""
+
+POOL_KINDS_OF: Mapping[SeedList, tuple[RunKind, ...]] = {
+    SeedList.SCREENING: (RunKind.SCREENING,),
+    SeedList.VERIFICATION: POOL_KINDS,
+    SeedList.AUDIT: (RunKind.AUDIT,),
+    SeedList.STUDY: (RunKind.STUDY,),
+}
+"""Seed list -> the kinds of runs whose scores are a variant's results on it."""
 
 _LIVING = LeaseState.LIVING.value
 
@@ -78,6 +87,8 @@ class _Place:
     position: int
     seed: int
     attempt: int
+    data_seed: int | None = None
+    repeat: int = 0
 
 
 # --- seeds ---------------------------------------------------------------------------------------
@@ -210,6 +221,36 @@ def lease_reproduction(tx: Connection, request: Request, screening_run: str) -> 
     return _lease(tx, request, number, place, subject, fingerprint)
 
 
+def lease_study(
+    tx: Connection, request: Request, position: int, data_position: int | None, repeat: int
+) -> Lease:
+    """A lease on chosen places of the study list, unless there is a result."""
+    number, fingerprint = _known(tx, request)
+    seed = draw(tx, SeedList.STUDY, request.scope, position + 1)[position]
+    data_seed = None
+    if data_position is not None and data_position != position:
+        data_seed = draw(tx, SeedList.STUDY, request.scope, data_position + 1)[data_position]
+    made = select(runs.c.id, runs.c.outcome, runs.c.attempt).where(
+        runs.c.scope == number,
+        runs.c.variant == fingerprint,
+        runs.c.kind == RunKind.STUDY.value,
+        runs.c.seed == seed,
+        runs.c.data_seed.is_not_distinct_from(data_seed),
+        runs.c.repeat == repeat,
+    )
+    tries = tx.execute(made.order_by(runs.c.number)).mappings().all()
+    for row in tries:
+        if row["outcome"] != Outcome.CRASHED.value or row["attempt"] == 2:
+            raise AlreadyRun(
+                row["id"],
+                f"{request.variant.describe()} was run there for a study as run {row['id']}.",
+            )
+    place = _Place(position, seed, 1 + len(tries), data_seed, repeat)
+    order = position if data_position is None else data_position
+    subject = f"{fingerprint}:{SeedList.STUDY.value}:{position}:{order}:{repeat}"
+    return _lease(tx, request, number, place, subject, fingerprint)
+
+
 def _known(tx: Connection, request: Request) -> tuple[int, str]:
     """Scope number and fingerprint of what is asked for, stored if they are new."""
     number = scope_number(tx, request.scope, create=True)
@@ -264,6 +305,8 @@ def _lease(
                 attempt=place.attempt,
                 claim_id=request.claim_id,
                 idea=rows.clean_text(request.idea),
+                data_seed=place.data_seed,
+                repeat=place.repeat,
                 state=_LIVING,
                 created_at=CLOCK,
                 expires_at=CLOCK + request.ttl_s,
@@ -324,6 +367,20 @@ def living(tx: Connection, scope: Scope, known: rows.Variants) -> tuple[Lease, .
     )
     found = tx.execute(query).mappings()
     return tuple(rows.to_lease(row, known[row["variant"]]) for row in found)
+
+
+def ended(tx: Connection, scope: Scope) -> tuple[int, int]:
+    """Leases of a scope that have ended, and how many of them left a trace.
+
+    A trace is a run with its outcome, or the mark of having been released or having expired.
+    """
+    number = scope_number(tx, scope, create=False)
+    over = and_(leases.c.scope == number, leases.c.state != _LIVING)
+    became = exists().where(runs.c.id == leases.c.run_id)
+    traced = and_(over, or_(leases.c.state != LeaseState.FINISHED.value, became))
+    counts = (select(func.count()).select_from(leases).where(which) for which in (over, traced))
+    total, kept = (int(tx.execute(count).scalar_one()) for count in counts)
+    return total, kept
 
 
 def held(tx: Connection, lease: Lease) -> RowMapping:

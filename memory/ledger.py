@@ -41,6 +41,9 @@ from society.memory.schema import (
     scopes,
     seeds,
     societies,
+    studies,
+    study_results,
+    study_runs,
     variants,
     verdict_runs,
     verdicts,
@@ -68,6 +71,7 @@ from society.records import (
     SocietyRecord,
     SocietyState,
     Split,
+    Study,
     Variant,
     Verdict,
 )
@@ -300,6 +304,43 @@ class Ledger:
         with self._db.write(durable=False) as tx:
             return leases.lease_next_seed(tx, request)
 
+    def lease_study(
+        self,
+        scope: Scope,
+        society: str,
+        *,
+        holder: str,
+        variant: Variant,
+        position: int,
+        data_position: int | None = None,
+        repeat: int = 0,
+        ttl_s: float,
+    ) -> Lease:
+        """Lease a variant's run at a place of the study list, holdout split.
+
+        A crashed run is repeated once; any other outcome, and a second crash, is a result.
+
+        Args:
+            scope: Task and tier.
+            society: Record the run is charged to.
+            holder: Who makes it.
+            variant: What to run.
+            position: Place of its seed in the study list, from 0.
+            data_position: Place of the seed of its data order; None for the same seed.
+            repeat: Which repetition of the same seeds, from 0.
+            ttl_s: Seconds until the lease expires without a heartbeat.
+
+        Raises:
+            AlreadyLeased: somebody is at it.
+            AlreadyRun: there is a result; carries the run id.
+            InvariantViolated: a place or repetition below 0.
+        """
+        if min(position, position if data_position is None else data_position, repeat) < 0:
+            raise InvariantViolated("Places of the study list and repetitions count from 0.")
+        request = leases.Request(scope, society, holder, variant, RunKind.STUDY, ttl_s)
+        with self._db.write(durable=False) as tx:
+            return leases.lease_study(tx, request, position, data_position, repeat)
+
     def lease_reproduction(
         self, scope: Scope, society: str, *, holder: str, claim_id: str, ttl_s: float
     ) -> Lease:
@@ -347,6 +388,11 @@ class Ledger:
         """Living leases, oldest first."""
         with self._db.read() as tx:
             return leases.living(tx, scope, self._read_variants(tx))
+
+    def ended_leases(self, scope: Scope) -> tuple[int, int]:
+        """How many leases have ended, and how many of them as a run, a release or an expiry."""
+        with self._db.read() as tx:
+            return leases.ended(tx, scope)
 
     def finish(
         self,
@@ -446,11 +492,19 @@ class Ledger:
             and (society is None or run.society == society)
         )
 
-    def pool(self, scope: Scope, variant: Variant) -> dict[int, float | None]:
-        """A variant's holdout results: verification seed -> score, in the order of the list.
+    def pool(
+        self, scope: Scope, variant: Variant, which: SeedList = SeedList.VERIFICATION
+    ) -> dict[int, float | None]:
+        """A variant's results on a list of seeds: seed -> score, in the order of the list.
 
         None stands for a run that diverged, timed out, was rejected or crashed twice. A seed
-        whose first run crashed is absent until it was repeated.
+        whose first run crashed is absent until it was repeated. Runs of a study count when their
+        data order has the same seed, and once.
+
+        Args:
+            scope: Task and tier.
+            variant: Whose results.
+            which: List of seeds; the pool a claim is judged by stands on the verification seeds.
         """
         query = (
             select(seeds.c.seed, runs.c.score)
@@ -459,9 +513,11 @@ class Ledger:
             .where(
                 scopes.c.task == scope.task,
                 scopes.c.tier == scope.tier,
-                seeds.c.list == SeedList.VERIFICATION.value,
+                seeds.c.list == which.value,
                 runs.c.variant == variant.fingerprint,
-                runs.c.kind.in_([kind.value for kind in leases.POOL_KINDS]),
+                runs.c.kind.in_([kind.value for kind in leases.POOL_KINDS_OF[which]]),
+                runs.c.data_seed.is_(None),
+                runs.c.repeat == 0,
                 leases.is_result(),
             )
             .order_by(seeds.c.position)
@@ -556,6 +612,38 @@ class Ledger:
             query = query.where(scopes.c.task == scope.task, scopes.c.tier == scope.tier)
         with self._db.read() as tx:
             return tuple(rows.to_noise(row) for row in tx.execute(query).mappings())
+
+    def studies(self, scope: Scope | None = None, *, kind: str | None = None) -> tuple[Study, ...]:
+        """Studies in order of registration, each with its result if it has one."""
+        query = (
+            select(studies, study_results.c.result, study_results.c.concluded_at,
+                   scopes.c.task, scopes.c.tier)
+            .join(scopes, scopes.c.number == studies.c.scope)
+            .outerjoin(study_results, study_results.c.study == studies.c.id)
+            .order_by(studies.c.number)
+        )  # fmt: skip
+        if scope is not None:
+            query = query.where(scopes.c.task == scope.task, scopes.c.tier == scope.tier)
+        if kind is not None:
+            query = query.where(studies.c.kind == kind)
+        cited: dict[str, list[str]] = {}
+        with self._db.read() as tx:
+            found = tx.execute(query).mappings().all()
+            places = select(study_runs.c.study, study_runs.c.run_id).order_by(study_runs.c.place)
+            for study, run in tx.execute(places):
+                cited.setdefault(study, []).append(run)
+        return tuple(rows.to_study(row, tuple(cited.get(row["id"], ()))) for row in found)
+
+    def study(self, id: str) -> Study:
+        """One study.
+
+        Raises:
+            InvariantViolated: there is no such study.
+        """
+        for one in self.studies():
+            if one.id == id:
+                return one
+        raise InvariantViolated(f"No study {id!r} in {self.path}.")
 
     def activities(
         self, society: str | None = None, *, limit: int | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import RowMapping
 
+from society.errors import InvariantViolated
 from society.records import (
     Activity,
     Budget,
@@ -30,9 +31,11 @@ from society.records import (
     Outcome,
     Run,
     RunKind,
+    Scope,
     SocietyRecord,
     SocietyState,
     Split,
+    Study,
     Variant,
     Verdict,
 )
@@ -97,7 +100,10 @@ def run_values(
     lease: RowMapping, measurement: Measurement, environment: Environment, budget: Budget
 ) -> dict[str, Any]:
     """The row of the run that ends a lease, but for the time it ended."""
-    kept = ("token", "scope", "society", "kind", "variant", "seed", "split", "attempt", "claim_id")
+    kept = (
+        "token", "scope", "society", "kind", "variant", "seed", "split", "attempt", "claim_id",
+        "data_seed", "repeat",
+    )  # fmt: skip
     return {name: lease[name] for name in kept} | {
         "id": lease["run_id"],
         "agent": lease["holder"],
@@ -138,6 +144,8 @@ def to_run(row: RowMapping, variants: Variants) -> Run:
         idea=row["idea"],
         number=row["number"],
         curve=tuple(json.loads(row["curve"])),
+        data_seed=row["data_seed"],
+        repeat=row["repeat"],
     )
 
 
@@ -154,6 +162,8 @@ def to_lease(row: RowMapping, variant: Variant) -> Lease:
         seed=row["seed"],
         split=Split(row["split"]),
         claim_id=row["claim_id"],
+        data_seed=row["data_seed"],
+        repeat=row["repeat"],
     )
 
 
@@ -233,6 +243,35 @@ def to_hypothesis(row: RowMapping, variants: Variants) -> Hypothesis:
 def to_noise(row: RowMapping) -> Noise:
     """A noise floor from its row joined with its scope."""
     return Noise(row["task"], row["tier"], row["sd"], row["low"], row["high"], row["seeds"])
+
+
+def study_text(values: Mapping[str, Any], what: str) -> str:
+    """A study's plan or result as canonical JSON.
+
+    Raises:
+        InvariantViolated: it holds something that JSON does not know, e.g. NaN.
+    """
+    try:
+        return json.dumps(dict(values), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvariantViolated(f"The {what} of a study is not JSON: {error}.") from error
+
+
+def to_study(row: RowMapping, evidence: tuple[str, ...]) -> Study:
+    """A study from its row joined with its scope and result, and the runs it cites."""
+    result = row["result"]
+    return Study(
+        id=row["id"],
+        society=row["society"],
+        kind=row["kind"],
+        title=row["title"],
+        plan=MappingProxyType(json.loads(row["plan"])),
+        registered_at=row["registered_at"],
+        result=None if result is None else MappingProxyType(json.loads(result)),
+        evidence=evidence,
+        concluded_at=row["concluded_at"],
+        scope=Scope(row["task"], row["tier"]),
+    )
 
 
 def to_activity(row: RowMapping) -> Activity:

@@ -8,10 +8,12 @@ raises, so that a rule is written down once, here, and holds for raw SQL as well
 - one living lease per subject, and it ends only once;
 - a run is the end of a living lease and repeats what the lease says (the fencing token decides);
 - a seed is one the ledger drew, in the list that the kind of run asks for;
+- only a study's run may take its data order from a second seed, or be repeated on the same seeds;
 - nobody verifies or reproduces a claim of their own;
 - a verdict cites runs of the claim's variant or reference, never the screening run;
 - a claim is closed once; only an accepted one is confirmed or rolled back, and only once;
-- a champion rests on an accepted claim against the champion before it.
+- a champion rests on an accepted claim against the champion before it;
+- a study is registered before its result, has one, and cites runs that exist.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from society.records import (
     Split,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised by one whenever a ledger of the version before cannot be read any more."""
 
 CLOCK = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -147,9 +149,25 @@ variants = Table(
 _LIST_OF_KIND = CheckConstraint(
     "(kind IN ('screening', 'reproduction') AND list = 'screening' AND split = 'validation')"
     " OR (kind IN ('calibration', 'verification') AND list = 'verification' AND split = 'holdout')"
-    " OR (kind = 'audit' AND list = 'audit' AND split = 'holdout')",
+    " OR (kind = 'audit' AND list = 'audit' AND split = 'holdout')"
+    " OR (kind = 'study' AND list = 'study' AND split = 'holdout')",
     name="list_and_split_of_kind",
 )
+
+
+def _study_columns() -> tuple[Column[int], Column[int], CheckConstraint, CheckConstraint]:
+    """What only the leases and runs of a study use."""
+    return (
+        Column("data_seed", Integer),
+        Column("repeat", Integer, nullable=False, server_default=text("0")),
+        CheckConstraint(
+            "kind = 'study' OR (data_seed IS NULL AND repeat = 0)", name="data_seed_of_a_study"
+        ),
+        CheckConstraint(
+            "repeat >= 0 AND (kind <> 'study' OR claim_id IS NULL)", name="study_without_claim"
+        ),
+    )
+
 
 leases = Table(
     "leases",
@@ -186,6 +204,8 @@ leases = Table(
         "claim_id IS NOT NULL OR kind NOT IN ('verification', 'reproduction')",
         name="verification_of_a_claim",
     ),
+    *_study_columns(),
+    ForeignKeyConstraint(["scope", "data_seed"], ["seeds.scope", "seeds.seed"]),
     Index(
         "one_living_lease",
         "scope",
@@ -247,6 +267,30 @@ runs = Table(
         unique=True,
         sqlite_where=text("kind IN ('calibration', 'verification', 'audit')"),
         info={"new": "NEW.kind IN ('calibration', 'verification', 'audit')"},
+    ),
+    *_study_columns(),
+    Index(
+        "two_attempts_per_study_seed",
+        "scope",
+        "variant",
+        "seed",
+        "repeat",
+        "attempt",
+        unique=True,
+        sqlite_where=text("kind = 'study' AND data_seed IS NULL"),
+        info={"new": "NEW.kind = 'study' AND NEW.data_seed IS NULL"},
+    ),
+    Index(
+        "two_attempts_per_pair_of_study_seeds",
+        "scope",
+        "variant",
+        "seed",
+        "data_seed",
+        "repeat",
+        "attempt",
+        unique=True,
+        sqlite_where=text("kind = 'study' AND data_seed IS NOT NULL"),
+        info={"new": "NEW.kind = 'study' AND NEW.data_seed IS NOT NULL"},
     ),
 )
 
@@ -380,6 +424,37 @@ noise = Table(
     Index("noise_of_scope", "scope"),
 )
 
+studies = Table(
+    "studies",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    _scope(),
+    _society(),
+    _text("kind"),
+    _text("title"),
+    _text("plan"),
+    _number("registered_at"),
+    Index("studies_of_scope", "scope", "kind"),
+)
+
+study_results = Table(
+    "study_results",
+    metadata,
+    Column("study", Text, ForeignKey("studies.id"), primary_key=True),
+    _society(),
+    _text("result"),
+    _number("concluded_at"),
+)
+
+study_runs = Table(
+    "study_runs",
+    metadata,
+    Column("study", Text, ForeignKey("study_results.study"), primary_key=True),
+    Column("run_id", Text, ForeignKey("runs.id"), primary_key=True),
+    Column("place", Integer, nullable=False),
+)
+
 activities = Table(
     "activities",
     metadata,
@@ -411,7 +486,7 @@ outbox = Table(
 
 FACTS = (
     scopes, seeds, variants, runs, claims, verdicts, verdict_runs, champions, insights, noise,
-    activities, commits, outbox,
+    studies, study_results, study_runs, activities, commits, outbox,
 )  # fmt: skip
 """Tables whose rows are never updated, deleted or replaced."""
 
@@ -476,7 +551,8 @@ _LEASE_RULES = [
             "LeaseLost: the lease has ended"),
     _refuse("leases_keep_their_work",
             "UPDATE OF token, run_id, scope, society, holder, subject, kind, variant, list,"
-            " position, seed, split, attempt, claim_id, idea, created_at ON leases", "1",
+            " position, seed, split, attempt, claim_id, idea, created_at, data_seed, repeat"
+            " ON leases", "1",
             "InvariantViolated: what is leased never changes"),
     _refuse("leases_grow", "INSERT ON leases",
             "NEW.token <= (SELECT coalesce(max(token), 0) FROM leases)",
@@ -511,6 +587,11 @@ _LEASE_RULES = [
             "NEW.kind = 'reproduction' AND NOT EXISTS (SELECT 1 FROM claims c JOIN runs r"
             " ON r.id = c.screening_run WHERE c.id = NEW.claim_id AND r.seed = NEW.seed)",
             "InvariantViolated: a reproduction has the seed of the screening run"),
+    _refuse("leases_data_seed_of_the_list", "INSERT ON leases",
+            "NEW.data_seed IS NOT NULL AND (NEW.data_seed = NEW.seed OR NOT EXISTS (SELECT 1"
+            " FROM seeds s WHERE s.scope = NEW.scope AND s.list = NEW.list"
+            " AND s.seed = NEW.data_seed))",
+            "InvariantViolated: a data seed is another seed of the same list"),
 ]  # fmt: skip
 
 _RUN_RULES = [
@@ -523,7 +604,8 @@ _RUN_RULES = [
             " AND l.scope = NEW.scope AND l.society = NEW.society AND l.holder = NEW.agent"
             " AND l.kind = NEW.kind AND l.variant = NEW.variant AND l.seed = NEW.seed"
             " AND l.split = NEW.split AND l.attempt = NEW.attempt"
-            " AND l.claim_id IS NEW.claim_id)",
+            " AND l.claim_id IS NEW.claim_id AND l.data_seed IS NEW.data_seed"
+            " AND l.repeat = NEW.repeat)",
             "InvariantViolated: a run is what its lease says"),
     _refuse("runs_not_by_author", "INSERT ON runs",
             f"EXISTS ({_CLAIM} AND c.author = NEW.agent)",
@@ -604,6 +686,19 @@ _CHAMPION_RULES = [
 ]  # fmt: skip
 
 
+_STUDY_RULES = [
+    _refuse("study_results_of_a_study", "INSERT ON study_results",
+            "NOT EXISTS (SELECT 1 FROM studies s WHERE s.id = NEW.study)",
+            "InvariantViolated: a result needs a study that was registered before"),
+    _refuse("study_runs_of_a_result", "INSERT ON study_runs",
+            "NOT EXISTS (SELECT 1 FROM study_results r WHERE r.study = NEW.study)",
+            "InvariantViolated: only a result has evidence"),
+    _refuse("study_runs_exist", "INSERT ON study_runs",
+            "NOT EXISTS (SELECT 1 FROM runs WHERE id = NEW.run_id)",
+            "InvariantViolated: a study cites runs that exist"),
+]  # fmt: skip
+
+
 def _outbox(name: str, moment: str, kind: str, ref: str) -> str:
     return (
         f"CREATE TRIGGER outbox_{name} AFTER {moment} BEGIN "
@@ -635,6 +730,7 @@ def statements() -> list[str]:
         *_CLAIM_RULES,
         *_VERDICT_RULES,
         *_CHAMPION_RULES,
+        *_STUDY_RULES,
         *_OUTBOX,
     ]
     return rules[::-1]

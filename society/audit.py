@@ -102,7 +102,7 @@ def audit(
 
 
 def _last_society(ledger: Ledger, folder: NotebookFolder) -> SocietyRecord:
-    records = ledger.societies()
+    records = [record for record in ledger.societies() if not record.is_study]
     if not records:
         raise UsageError(f"No society has worked in {folder.path} yet.")
     return records[-1]

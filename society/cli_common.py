@@ -35,22 +35,37 @@ class Opened:
 
 
 @contextmanager
-def opened(lab: Path) -> Iterator[Opened]:
-    """Open a notebook read-only, also beside the process that writes to it.
+def reading(lab: Path) -> Iterator[Ledger]:
+    """The ledger of a notebook, read-only, also beside the process that writes to it.
 
     Raises:
         NotANotebook: There is none, or nothing has happened in it yet.
     """
     from society.errors import NotANotebook
-    from society.experiments.space import Space
     from society.memory.folder import NotebookFolder
     from society.memory.ledger import Ledger
 
-    folder = NotebookFolder(lab).require()
-    with Ledger.open(folder.ledger, read_only=True) as ledger:
-        records, scopes = ledger.societies(), ledger.scopes()
-        if not records or not scopes:
+    with Ledger.open(NotebookFolder(lab).require().ledger, read_only=True) as ledger:
+        if not ledger.societies():
             raise NotANotebook(f"The notebook {lab} is empty: no society has worked in it yet.")
+        yield ledger
+
+
+@contextmanager
+def opened(lab: Path) -> Iterator[Opened]:
+    """A notebook read-only with its last society, also beside the process that writes to it.
+
+    Raises:
+        NotANotebook: There is none, or no society has worked in it yet.
+    """
+    from society.errors import NotANotebook
+    from society.experiments.space import Space
+
+    with reading(lab) as ledger:
+        records = [record for record in ledger.societies() if not record.is_study]
+        scopes = ledger.scopes()
+        if not records or not scopes:
+            raise NotANotebook(f"No society has worked in the notebook {lab} yet.")
         task = task_of(records[-1])
         scope = _latest_scope(ledger, scopes, task.key)
         yield Opened(ledger, records[-1], scope, task, Space.of(task))
@@ -67,9 +82,31 @@ def task_of(record: SocietyRecord) -> Task:
 
 def _latest_scope(ledger: Ledger, scopes: Sequence[Scope], key: str) -> Scope:
     """The scope of the task's last run; of its baseline while there is none."""
+    from society.records import SOCIETY_KINDS
+
     mine = [scope for scope in scopes if scope.task == key] or list(scopes)
-    last = {scope: runs[-1].number for scope in mine if (runs := ledger.runs(scope))}
+    made = {scope: ledger.runs(scope, kinds=SOCIETY_KINDS) for scope in mine}
+    last = {scope: runs[-1].number for scope, runs in made.items() if runs}
     return max(last, key=lambda scope: last[scope], default=mine[-1])
+
+
+def studies_of(ledger: Ledger) -> list[dict[str, Any]]:
+    """The latest study of each kind, task and tier, each with one sentence about its result."""
+    latest = {(study.scope, study.kind): study for study in ledger.studies()}
+    return [
+        {
+            "id": study.id,
+            "kind": study.kind,
+            "task": study.scope.task,
+            "tier": study.scope.tier,
+            "title": study.title,
+            "concluded": study.result is not None,
+            "words": f"{study.id} {study.title}: not concluded; the same command goes on"
+            if study.result is None
+            else f"{study.id} {study.result.get('summary', study.title)}",
+        }
+        for study in latest.values()
+    ]
 
 
 def plain(value: Any) -> Any:

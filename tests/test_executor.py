@@ -1,6 +1,7 @@
 """Executors with real processes: every way a run can end, and what must never happen."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,13 @@ import pytest
 
 from society.errors import ExecutorError
 from society.experiments import InlineExecutor, load_task, variant
-from society.experiments.executor import CURVE_POINTS, TAIL_CHARS, check_budget, thin
+from society.experiments.executor import (
+    CURVE_POINTS,
+    TAIL_CHARS,
+    check_budget,
+    source_digest,
+    thin,
+)
 from society.experiments.local import LocalExecutor
 from society.experiments.task import Refused, TrainReport
 from society.records import Budget, BudgetKind, Outcome, Split, Variant, Work
@@ -198,6 +205,28 @@ def test_slots_run_at_once():
     assert [measurement.score for measurement in found] == [0, 1, 2, 3]
     assert busy > 4 * 0.3
     assert wall < 0.9 * busy
+
+
+def test_the_data_order_may_have_a_seed_of_its_own():
+    """It goes through every executor alike, and the same seed twice is one seed."""
+
+    def work(seed, data_seed):
+        return dataclasses.replace(synthetic(seed), data_seed=data_seed)
+
+    works = [work(1, None), work(1, 1), work(1, 2), work(2, 2)]
+
+    async def main():
+        inline = InlineExecutor(load_task("synthetic", "quick"))
+        await inline.start()
+        async with running("synthetic", "quick") as local:
+            return [
+                [(await executor.run(one)).score for one in works] for executor in (inline, local)
+            ]
+
+    inline, local = asyncio.run(main())
+    assert inline == local
+    assert inline[0] == inline[1]
+    assert len(set(inline)) == 3
 
 
 def test_calls_wait_in_order():
@@ -425,6 +454,18 @@ def test_pretrain_gives_the_same_bits_in_every_slot_and_after_a_restart():
     assert (environment, data_hash) == (same_environment, same_hash)
     assert environment.capability != ""
     assert set(environment.packages) == {"torch", "numpy"}
+    assert environment.code == source_digest(("society.model", "society.experiments.pretrain"))
+
+
+def test_the_source_is_part_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "trainer_of_mine.py").write_text("RATE = 1\n")
+    before = source_digest(("trainer_of_mine",))
+    assert before == source_digest(("trainer_of_mine",))
+    (tmp_path / "trainer_of_mine.py").write_text("RATE = 2\n")
+    assert source_digest(("trainer_of_mine",)) != before
+    assert source_digest(("society.model",)) != source_digest(("society.experiments",))
+    assert len(source_digest(("no_such_module.at_all",))) == 12
 
 
 def test_a_budget_may_be_crossed_by_the_last_step_only():

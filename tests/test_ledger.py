@@ -47,6 +47,7 @@ from society.records import (
     NewClaim,
     NewHypothesis,
     NewInsight,
+    NewStudy,
     Noise,
     Outcome,
     RunKind,
@@ -54,6 +55,7 @@ from society.records import (
     SeedList,
     SocietyState,
     Split,
+    StudyResult,
     Variant,
     Verdict,
 )
@@ -92,6 +94,12 @@ class Lab:
 
     def verify(self, claim_id, variant=VARIANT, agent="ben"):
         return self.next_seed(variant, agent, RunKind.VERIFICATION, claim_id)
+
+    def study(self, position=0, variant=BASELINE, **places):
+        return self.ledger.lease_study(
+            SCOPE, self.society, holder="study", variant=variant, position=position, ttl_s=60,
+            **places,
+        )  # fmt: skip
 
     def finish(self, lease, score=1.0, outcome=Outcome.COMPLETED):
         return self.ledger.finish(lease, measured(score, outcome), ENVIRONMENT, BUDGET)
@@ -174,7 +182,7 @@ def test_seeds_are_drawn_once_and_kept(tmp_path):
         drawn[name] = lists
         for scope in (SCOPE, Scope("toy/cpu", "cpu-B")):
             seeds = [seed for which in SeedList for seed in lists[which, scope]]
-            assert len(set(seeds)) == len(seeds) == 180
+            assert len(set(seeds)) == len(seeds) == 240
             assert all(0 <= seed < 2**31 for seed in seeds)
     assert drawn["a"] == drawn["b"]
     everything = [set(itertools.chain(*lists.values())) for lists in drawn.values()]
@@ -327,6 +335,127 @@ def test_audits_have_their_own_seeds(lab):
     assert audit.split is Split.HOLDOUT
     lab.finish(audit)
     assert lab.ledger.pool(SCOPE, VARIANT) == {}
+
+
+# --- studies -------------------------------------------------------------------------------------
+
+
+def test_a_studys_runs_stand_on_chosen_places_of_its_own_list(lab):
+    seeds = lab.ledger.seeds(SeedList.STUDY, SCOPE, 4)
+    run = lab.finish(lab.study(3))
+    assert (run.kind, run.seed, run.data_seed, run.repeat) == (RunKind.STUDY, seeds[3], None, 0)
+    assert run.split is Split.HOLDOUT
+    crossed = lab.finish(lab.study(3, data_position=1))
+    assert (crossed.seed, crossed.data_seed) == (seeds[3], seeds[1])
+    again = lab.finish(lab.study(3, repeat=2))
+    assert (again.seed, again.data_seed, again.repeat) == (seeds[3], None, 2)
+    assert lab.ledger.run(crossed.id) == crossed
+    assert lab.ledger.seeds(SeedList.STUDY, SCOPE, 4) == seeds
+
+
+def test_a_place_far_down_the_list_leaves_no_gap_before_it(lab):
+    lab.study(5)
+    first = lab.ledger.seeds(SeedList.STUDY, SCOPE, 2)
+    with Ledger.open(lab.ledger.path) as ledger:
+        assert ledger.seeds(SeedList.STUDY, SCOPE, 6)[:2] == first
+
+
+@pytest.mark.parametrize(
+    "places", [{}, {"data_position": 1}, {"data_position": 0}, {"repeat": 1}], ids=str
+)
+def test_a_studys_run_is_made_once_and_a_crash_repeated_once(lab, places):
+    lease = lab.study(0, **places)
+    with pytest.raises(AlreadyLeased):
+        lab.study(0, **places)
+    first = lab.finish(lease, outcome=Outcome.CRASHED)
+    second = lab.finish(lab.study(0, **places), outcome=Outcome.CRASHED)
+    with pytest.raises(AlreadyRun) as refused:
+        lab.study(0, **places)
+    assert refused.value.run_id == second.id != first.id
+    lab.finish(lab.study(1, **places), outcome=Outcome.DIVERGED)
+    with pytest.raises(AlreadyRun):
+        lab.study(1, **places)
+
+
+def test_the_same_place_twice_is_the_same_run(lab):
+    """A data order from the very seed is no second seed."""
+    run = lab.finish(lab.study(2))
+    with pytest.raises(AlreadyRun, match=run.id):
+        lab.study(2, data_position=2)
+
+
+@pytest.mark.parametrize("places", [{"position": -1}, {"data_position": -1}, {"repeat": -1}])
+def test_places_of_a_study_count_from_zero(lab, places):
+    with pytest.raises(InvariantViolated, match="count from 0"):
+        lab.study(**places)
+
+
+def test_a_studys_pool_is_its_own(lab):
+    lab.finish(lab.study(1), 1.5)
+    lab.finish(lab.study(0), outcome=Outcome.DIVERGED)
+    lab.finish(lab.study(0, data_position=1), 9.0)
+    lab.finish(lab.study(1, repeat=1), 9.0)
+    lab.finish(lab.next_seed(BASELINE), 1.25)
+    seeds = lab.ledger.seeds(SeedList.STUDY, SCOPE, 2)
+    assert lab.ledger.pool(SCOPE, BASELINE, SeedList.STUDY) == {seeds[0]: None, seeds[1]: 1.5}
+    assert list(lab.ledger.pool(SCOPE, BASELINE).values()) == [1.25]
+
+
+def test_a_studys_run_is_no_evidence_and_is_not_indexed(lab):
+    claim = lab.claim()
+    before = lab.ledger.posted(0, 100)
+    run = lab.finish(lab.study(0, VARIANT), 0.5)
+    assert lab.ledger.posted(0, 100) == before
+    with pytest.raises(InvariantViolated, match="evidence is holdout runs"):
+        lab.commit(verdict(claim.id, run.id))
+    with pytest.raises(InvariantViolated, match="champion's screening run"):
+        lab.commit(Crown(BASELINE, None, run.id))
+    with pytest.raises(InvariantViolated, match="opened from a completed screening run"):
+        lab.commit(NewClaim(run.id, BASELINE, 0.01, 1, 0.05, 0.0))
+
+
+def test_a_study_is_registered_before_its_result(lab):
+    run = lab.finish(lab.study(0))
+    with pytest.raises(InvariantViolated, match="registered before"):
+        lab.commit(StudyResult("st001", {}, ()))
+    lab.commit(NewStudy("noise", "how much?", {"seeds": 4}))
+    study = lab.ledger.study("st001")
+    assert (study.kind, study.title, study.plan) == ("noise", "how much?", {"seeds": 4})
+    assert (study.result, study.evidence, study.concluded_at) == (None, (), None)
+    assert (study.scope, study.society) == (SCOPE, lab.society)
+    with pytest.raises(InvariantViolated, match="cites runs that exist"):
+        lab.commit(StudyResult("st001", {"sd": 0.1}, (run.id, "r99999")))
+    assert lab.ledger.study("st001").result is None
+    lab.commit(StudyResult("st001", {"sd": 0.1}, (run.id, run.id)))
+    study = lab.ledger.study("st001")
+    assert (study.result, study.evidence) == ({"sd": 0.1}, (run.id,))
+    assert study.concluded_at >= study.registered_at
+    with pytest.raises(InvariantViolated, match="holds this already"):
+        lab.commit(StudyResult("st001", {"sd": 0.2}, ()))
+
+
+def test_studies_are_listed_by_scope_and_kind(lab):
+    lab.commit(NewStudy("noise", "a", {}), NewStudy("replication", "b", {}))
+    assert [study.title for study in lab.ledger.studies()] == ["a", "b"]
+    assert [study.title for study in lab.ledger.studies(SCOPE, kind="noise")] == ["a"]
+    assert lab.ledger.studies(Scope("toy/cpu", "cpu-B")) == ()
+    with pytest.raises(InvariantViolated, match="No study"):
+        lab.ledger.study("st009")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, object()], ids=["nan", "set", "object"])
+def test_a_studys_plan_and_result_are_json(lab, value):
+    with pytest.raises(InvariantViolated, match="plan of a study is not JSON"):
+        lab.commit(NewStudy("noise", "a", {"x": value}))
+    lab.commit(NewStudy("noise", "a", {}))
+    with pytest.raises(InvariantViolated, match="result of a study is not JSON"):
+        lab.commit(StudyResult("st001", {"x": value}, ()))
+
+
+def test_a_study_is_no_society(lab):
+    record = lab.ledger.start_society(0, {"task": "toy", "study": "calibrate"})
+    assert record.is_study
+    assert not lab.ledger.society(lab.society).is_study
 
 
 def test_a_reproduction_repeats_the_screening_run_by_somebody_else(lab):
@@ -491,6 +620,9 @@ REWRITES = {
     "seeds": "seed = 1",
     "variants": "overrides = '{}'",
     "insights": "text = 'other'",
+    "studies": "plan = '{}'",
+    "study_results": "result = '{}'",
+    "study_runs": "place = 9",
     "noise": "sd = 0.0",
     "activities": "note = 'other'",
     "commits": "agent = 'other'",
@@ -505,6 +637,8 @@ def full(lab):
     lab.commit(NewInsight("x", ()), Noise(SCOPE.task, SCOPE.tier, 0.1, 0.1, 0.1, 3))
     activity = Activity("a", "r", "d", "s", 1.0, 2.0)
     lab.ledger.commit(SCOPE, lab.society, "a", [], key="with-activity", activity=activity)
+    lab.commit(NewStudy("noise", "how much", {}))
+    lab.commit(StudyResult("st001", {}, ("r00001",)))
     return lab
 
 
@@ -521,7 +655,7 @@ def test_facts_are_not_changed_deleted_or_replaced(full, table):
 LEASE = (
     "INSERT {how} INTO leases SELECT token + 100, 'x' || token, scope, society, {holder}, subject,"
     " kind, variant, list, position, {seed}, split, attempt, claim_id, idea, 'living', created_at,"
-    " expires_at, NULL FROM leases WHERE run_id = ?"
+    " expires_at, NULL, data_seed, repeat FROM leases WHERE run_id = ?"
 )
 
 
@@ -572,7 +706,7 @@ def test_raw_revival_of_an_ended_lease(lab):
 RUN = (
     "INSERT {how} INTO runs SELECT NULL, run_id, {token}, scope, society, {agent}, kind, variant,"
     " seed, split, attempt, claim_id, 'steps', 1.0, 'completed', 0.0, '{{}}', '{{}}', '', '',"
-    " '[]', '', created_at, created_at FROM leases WHERE run_id = ?"
+    " '[]', '', created_at, created_at, data_seed, repeat FROM leases WHERE run_id = ?"
 )
 
 
@@ -598,6 +732,73 @@ def test_raw_run_by_somebody_else(lab):
     lease = lab.verify(lab.claim().id)
     with pytest.raises(sqlite3.IntegrityError, match=r"what its lease says|NotIndependent"):
         lab.raw(RUN.format(how="", token="token", agent="'ada'"), lease.run_id)
+
+
+STUDY_LEASE = (
+    "INSERT INTO leases SELECT token + 100, 'x' || token, scope, society, holder, 'other', {kind},"
+    " variant, {list}, position, seed, {split}, attempt, {claim}, idea, 'living', created_at,"
+    " expires_at, NULL, {data}, {repeat} FROM leases WHERE run_id = ?"
+)
+AS_IT_IS = {
+    "kind": "kind", "list": "list", "split": "split", "claim": "claim_id", "data": "data_seed",
+    "repeat": "repeat",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"split": "'validation'"}, "CHECK"),
+        ({"kind": "'calibration'"}, "CHECK"),
+        ({"repeat": "-1"}, "CHECK"),
+        ({"claim": "'c0001'"}, "CHECK"),
+        ({"data": "4711"}, "a data seed is another seed of the same list"),
+        ({"data": "seed"}, "a data seed is another seed of the same list"),
+        ({"data": "(SELECT seed FROM seeds WHERE list = 'verification')"}, "same list"),
+    ],
+    ids=str,
+)
+def test_raw_study_leases(lab, change, why):
+    lab.claim()
+    lab.next_seed(VARIANT)
+    lease = lab.study(0)
+    with pytest.raises(sqlite3.IntegrityError, match=why):
+        lab.raw(STUDY_LEASE.format(**AS_IT_IS | change), lease.run_id)
+
+
+@pytest.mark.parametrize("change", ["NULL, 1", "1, 0", "seed, 0"])
+def test_raw_study_columns_are_for_studies(lab, change):
+    lease = lab.next_seed(VARIANT)
+    data, repeat = change.split(", ")
+    lab.raw("DROP TRIGGER leases_data_seed_of_the_list")
+    with pytest.raises(sqlite3.IntegrityError, match=r"CHECK|FOREIGN"):
+        lab.raw(STUDY_LEASE.format(**AS_IT_IS | {"data": data, "repeat": repeat}), lease.run_id)
+
+
+@pytest.mark.parametrize("change", ["NULL, repeat", "data_seed, 7"])
+def test_raw_run_of_another_data_seed_or_repetition(lab, change):
+    lease = lab.study(0, data_position=1)
+    sql = RUN.replace("data_seed, repeat", change).format(how="", token="token", agent="holder")
+    with pytest.raises(sqlite3.IntegrityError, match="a run is what its lease says"):
+        lab.raw(sql, lease.run_id)
+
+
+@pytest.mark.parametrize("places", [{}, {"data_position": 1}])
+def test_raw_second_result_of_a_study(lab, places):
+    """The partial unique index refuses without the Python API's look before."""
+    lab.finish(lab.study(0, **places))
+    lab.raw(STUDY_LEASE.format(**AS_IT_IS), "r00001")
+    sql = RUN.format(how="", token="token", agent="holder")
+    with pytest.raises(sqlite3.IntegrityError, match="holds this already"):
+        lab.raw(sql, "x1")
+
+
+def test_raw_study_results(lab):
+    lab.commit(NewStudy("noise", "a", {}))
+    with pytest.raises(sqlite3.IntegrityError, match="only a result has evidence"):
+        lab.raw("INSERT INTO study_runs VALUES ('st001', 'r00001', 0)")
+    with pytest.raises(sqlite3.IntegrityError, match="registered before"):
+        lab.raw("INSERT INTO study_results VALUES ('st002', 's001', '{}', 0.0)")
 
 
 VERDICT = (
@@ -768,10 +969,11 @@ def test_what_is_no_ledger(tmp_path):
         Ledger.open(foreign)
 
 
-def test_another_schema_version(lab):
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_schema_version(lab, version):
     lab.ledger.close()
-    lab.raw("UPDATE meta SET value = '99' WHERE key = 'schema'")
-    with pytest.raises(NotANotebook, match=r"schema 99.*--lab"):
+    lab.raw(f"UPDATE meta SET value = '{version}' WHERE key = 'schema'")
+    with pytest.raises(NotANotebook, match=rf"schema {version}.*--lab"):
         Ledger.open(lab.ledger.path)
 
 
@@ -960,24 +1162,31 @@ class LeaseMachine(RuleBasedStateMachine):
     def teardown(self):
         self.lab.ledger.close()
 
-    @rule(target=leases, knob=st.integers(0, 2), holder=st.sampled_from(["ada", "ben"]))
+    @rule(target=leases, knob=st.integers(0, 5), holder=st.sampled_from(["ada", "ben"]))
     def take(self, knob, holder):
-        variant = Variant("toy/cpu", {"lr": float(knob)})
+        """Knobs from 3 on stand for the places of a study."""
         current = self.living.get(knob)
-        args = {"holder": holder, "variant": variant, "ttl_s": 60}
         if knob in self.done:
             with pytest.raises(AlreadyRun) as caught:
-                self.lab.ledger.lease_screening(SCOPE, self.lab.society, **args)
+                self._lease(knob, holder)
             assert caught.value.run_id == self.done[knob]
             return None
         if current is not None and current.token not in self.expired:
             with pytest.raises(AlreadyLeased):
-                self.lab.ledger.lease_screening(SCOPE, self.lab.society, **args)
+                self._lease(knob, holder)
             return None
-        lease = self.lab.ledger.lease_screening(SCOPE, self.lab.society, **args)
+        lease = self._lease(knob, holder)
         assert all(lease.token > other.token for other in self.living.values())
         self.living[knob] = lease
         return knob, lease
+
+    def _lease(self, knob, holder):
+        if knob >= 3:
+            return self.lab.study(1, **({}, {"data_position": 0}, {"repeat": 1})[knob - 3])
+        variant = Variant("toy/cpu", {"lr": float(knob)})
+        return self.lab.ledger.lease_screening(
+            SCOPE, self.lab.society, holder=holder, variant=variant, ttl_s=60
+        )
 
     def _holds(self, item):
         return item is not None and self.living.get(item[0]) == item[1]

@@ -161,8 +161,8 @@ def test_an_empty_memory_has_empty_frames(tmp_path):
     with society.memory.open(tmp_path) as memory:
         for frame in (
             memory.runs(), memory.claims(), memory.champions(), memory.insights(),
-            memory.hypotheses(), memory.activities(), memory.noise(), memory.knob_values(),
-            memory.search("anything"),
+            memory.hypotheses(), memory.activities(), memory.noise(), memory.studies(),
+            memory.knob_values(), memory.search("anything"),
         ):  # fmt: skip
             assert len(frame) == 0
             assert len(frame.columns) > 3
