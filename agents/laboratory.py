@@ -291,17 +291,24 @@ class Bench:
 
     def knowledge(self) -> Knowledge:
         """See `Lab.knowledge`."""
-        return self.view.knowledge()
+        return self.view.knowledge(None if self._shared else self.agent)
 
     def recall(self, text: str, k: int = 5) -> Sequence[Hit]:
         """See `Lab.recall`."""
-        return self._lab.search(text, k)
+        return self._lab.search(text, k) if self._shared else ()
 
     def open_hypotheses(self) -> Sequence[Hypothesis]:
         """See `Lab.open_hypotheses`."""
+        if not self._shared:  # they are distilled from everybody's runs
+            return ()
         known = self._lab.ledger.hypotheses(self._lab.scope)
         waiting = [one for one in known if one.state is HypothesisState.OPEN]
         return sorted(waiting, key=lambda one: -one.priority)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether the agent may know what others found."""
+        return self._lab.settings.recall == "shared"
 
     async def _run(self, lease: Lease) -> Run:
         self.runs_made += 1

@@ -283,8 +283,13 @@ class View:
 
     # ---------------------------------------------------------------- for brains
 
-    def knowledge(self) -> Knowledge:
-        """What a brain may know: screening results only, no seeds, no open verifications."""
+    def knowledge(self, agent: str | None = None) -> Knowledge:
+        """What a brain may know: screening results only, no seeds, no open verifications.
+
+        Args:
+            agent: Whose runs it may know beside the champion's; None for everybody's.
+        """
+        champion = self.champion.variant.fingerprint
         return Knowledge(
             space=self.space,
             direction=self.task.direction,
@@ -294,9 +299,12 @@ class View:
             results=tuple(
                 Result(run.variant, self.screening_scores.get(run.variant.fingerprint))
                 for run in self.screenings
+                if agent in (None, run.agent) or run.variant.fingerprint == champion
             ),
             pending=tuple(
-                lease.variant for lease in self.leases if lease.kind is RunKind.SCREENING
+                lease.variant
+                for lease in self.leases
+                if lease.kind is RunKind.SCREENING and agent in (None, lease.holder)
             ),
             noise_sd=self.noise.sd if self.noise else None,
             entropy=_digest(self._entropy, len(self.screenings), len(self.leases)),

@@ -219,7 +219,7 @@ def _signals(laboratory: Laboratory, main: asyncio.Task[None] | None) -> Iterato
 
 def _unfinished(ledger: Ledger) -> SocietyRecord | None:
     """The last society, if it was interrupted."""
-    records = ledger.societies()
+    records = [record for record in ledger.societies() if not record.is_study]
     if records and records[-1].state is not SocietyState.FINISHED:
         return records[-1]
     return None

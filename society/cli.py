@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from society import cli_memory
+from society import cli_data, cli_memory, cli_study
 from society.cli_common import (
     LAB,
     Json,
@@ -21,6 +21,8 @@ from society.cli_common import (
     emit_table,
     opened,
     plain,
+    reading,
+    studies_of,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_memory.app, name="memory")
+app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_study.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,6 +126,12 @@ def run(
             show_default="2",
         ),
     ] = None,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            help="shared, or own: agents know only their own runs.", show_default="shared"
+        ),
+    ] = None,
     lab: Lab = LAB,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with these options; the command line wins.")
@@ -154,7 +164,7 @@ def run(
         "agents": agents, "roles": counts, "extra_roles": tuple(role) if role else None,
         "task": task, "profile": profile, "brain": brain, "seed": seed, "runs": runs,
         "minutes": minutes, "until": until, "slots": slots, "device": device,
-        "patience": patience,
+        "patience": patience, "recall": recall,
     }  # fmt: skip
     settings = _settings(lab, config, given, resume)
     live = sys.stdout.isatty() and not plain and not log
@@ -197,7 +207,7 @@ def _interrupted(folder: NotebookFolder) -> SocietyRecord | None:
     if not folder.exists():
         return None
     with folder.lock(), Ledger.open(folder.ledger, read_only=True) as ledger:
-        records = ledger.societies()
+        records = [record for record in ledger.societies() if not record.is_study]
     if records and records[-1].state is not SocietyState.FINISHED:
         return records[-1]
     return None
@@ -241,6 +251,14 @@ def status(lab: Lab = LAB, as_json: Json = False) -> None:
 
     Example: society status --json | jq .champion.mean
     """
+    alone = _studies_alone(lab)
+    if alone and as_json:
+        emit_json({"lab": str(lab), "society": None, "studies": alone})
+        return
+    if alone:
+        typer.echo(f"No society has worked in {lab} yet.")
+        _print_studies(alone)
+        return
     with opened(lab) as notebook:
         found = _status(notebook, lab)
     if as_json:
@@ -265,6 +283,20 @@ def status(lab: Lab = LAB, as_json: Json = False) -> None:
             f"  {claim['id']} n={claim['n']} e={claim['e']:.3g} of {claim['e_needed']:.3g} "
             f"p(accept) {claim['p_accept']:.2f}  {claim['change']}"
         )
+    _print_studies(found["studies"])
+
+
+def _studies_alone(lab: Path) -> list[dict[str, Any]]:
+    """The studies of a notebook in which no society has worked; empty if one has."""
+    with reading(lab) as ledger:
+        if all(record.is_study for record in ledger.societies()):
+            return studies_of(ledger)
+        return []
+
+
+def _print_studies(studies: Sequence[dict[str, Any]]) -> None:
+    for study in studies:
+        typer.echo(f"study {study['words']}")
 
 
 def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
@@ -309,6 +341,7 @@ def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
         "insights": counts.insights,
         "hypotheses": sum(counts.hypotheses.values()),
         "leases": counts.leases,
+        "studies": studies_of(ledger),
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from society.experiments.effects import KnobEffect
+    from society.experiments.noise import ClassNoise, NoiseStudy, Pairing
 
 INK = "#010203"
 """Stands for the reader's text colour; replaced by `currentColor` in the SVG."""
@@ -80,6 +81,12 @@ _DECISIONS = {
     Decision.ROLLED_BACK: (VERMILLION, "X", "rolled back"),
     Decision.SUPERSEDED: (PINK, "^", "superseded"),
     Decision.REJECTED: (GREY, "s", "rejected"),
+}
+_VERDICTS = {
+    "replicated": (GREEN, "o"),
+    "not at this scale": (BLUE, "s"),
+    "reversed": (VERMILLION, "X"),
+    "undecided": (GREY, "D"),
 }
 _ROLES = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILLION, GREY)
 
@@ -160,6 +167,68 @@ def forest(
         return _svg(figure, "forest")
 
 
+@dataclass(frozen=True, slots=True)
+class ForestRow:
+    """One comparison of the forest plot of findings."""
+
+    label: str
+    effect: Effect
+    verdict: str
+    """`replicated`, `not at this scale`, `reversed` or `undecided`."""
+    main: bool = False
+    """Whether it decides the finding; drawn in bold."""
+    published: float | None = None
+    """The published improvement, negative for a harm."""
+    predicted: float | None = None
+    """Its sign, where only that was published."""
+
+
+def findings_forest(rows: Sequence[ForestRow], *, unit: str) -> str | None:
+    """Effect of every change with its interval, its published size and its verdict."""
+    rows = [row for row in rows if math.isfinite(row.effect.mean)]
+    if not rows:
+        return None
+    with rc_context(_STYLE):
+        figure = _figure(1.5 + 0.27 * len(rows))
+        axes = figure.subplots()
+        low, high = _forest_limits([row.effect for row in rows])
+        for place, row in enumerate(rows):
+            _finding_row(axes, place, row, (low, high))
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlim(low, high)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)), [_short(row.label, 46) for row in rows])
+        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if row.main else "normal")
+        _quiet(axes, "x")
+        for name, (colour, marker) in _VERDICTS.items():
+            axes.plot([], [], marker, color=colour, label=name)
+        axes.plot([], [], "|", color=INK, markersize=9, label="published size")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, handlelength=1, fontsize=8.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlabel(
+            f"improvement over the baseline, {unit}\n"
+            "line: anytime-valid 95 % interval\n"
+            "shaded: predicted side; bold: decides"
+        )
+        return _svg(figure, "findings")
+
+
+def _finding_row(axes: Axes, place: int, row: ForestRow, limits: tuple[float, float]) -> None:
+    colour, marker = _VERDICTS[row.verdict]
+    if row.predicted is not None:
+        side = [0.0, limits[1] if row.predicted > 0 else limits[0]]
+        axes.fill_between(side, place - 0.42, place + 0.42, color=INK, alpha=0.05, linewidth=0)
+    low, high = max(row.effect.low, limits[0]), min(row.effect.high, limits[1])
+    axes.plot([low, high], [place, place], color=colour, linewidth=1.5, solid_capstyle="butt")
+    for end, limit, arrow in ((row.effect.low, limits[0], "<"), (row.effect.high, limits[1], ">")):
+        if (end < limit) if arrow == "<" else (end > limit):
+            axes.plot([limit], [place], marker=arrow, color=colour, markersize=5, clip_on=False)
+    axes.plot([row.effect.mean], [place], marker=marker, color=colour, markersize=6)
+    if row.published is not None:
+        axes.plot([row.published], [place], "|", color=INK, markersize=12, mew=1.6)
+
+
 def noise_histogram(scores: Sequence[float], noise: Noise | None, *, metric: str) -> str | None:
     """The baseline's holdout scores over seeds, with the fitted normal and its spread."""
     if len(scores) < 3:
@@ -171,21 +240,94 @@ def noise_histogram(scores: Sequence[float], noise: Noise | None, *, metric: str
         return None
     with rc_context(_STYLE):
         figure = _figure(2.6)
-        axes = figure.subplots()
-        bins = max(5, min(20, round(1.5 * math.sqrt(len(scores)))))
-        _, edges, _ = axes.hist(scores, bins=bins, color=SKY, alpha=0.55, edgecolor="none")
-        scale = len(scores) * float(edges[1] - edges[0]) / (sd * math.sqrt(2 * math.pi))
-        xs = [mean + sd * (step / 20 - 3.5) for step in range(141)]
-        ys = [scale * math.exp(-(((x - mean) / sd) ** 2) / 2) for x in xs]
-        axes.plot(xs, ys, color=BLUE, linewidth=1.6)
-        axes.plot(scores, [0] * len(scores), "|", color=INK, markersize=9, clip_on=False)
-        axes.axvspan(mean - sd, mean + sd, color=BLUE, alpha=0.10, linewidth=0)
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
-        axes.text(mean, axes.get_ylim()[1], _noise_text(noise, sd), ha="center", va="top")
-        axes.set_xlabel(f"{metric} of the baseline on the holdout, one tick per seed")
-        axes.set_ylabel("runs")
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        _distribution(figure.subplots(), scores, mean, sd, _noise_text(noise, sd), metric)
         return _svg(figure, "noise")
+
+
+def _distribution(
+    axes: Axes, scores: Sequence[float], mean: float, sd: float, words: str, metric: str
+) -> None:
+    """A histogram with the normal of this mean and spread."""
+    bins = max(5, min(20, round(1.5 * math.sqrt(len(scores)))))
+    _, edges, _ = axes.hist(scores, bins=bins, color=SKY, alpha=0.55, edgecolor="none")
+    scale = len(scores) * float(edges[1] - edges[0]) / (sd * math.sqrt(2 * math.pi))
+    xs = [mean + sd * (step / 20 - 3.5) for step in range(141)]
+    ys = [scale * math.exp(-(((x - mean) / sd) ** 2) / 2) for x in xs]
+    axes.plot(xs, ys, color=BLUE, linewidth=1.6)
+    axes.plot(scores, [0] * len(scores), "|", color=INK, markersize=9, clip_on=False)
+    axes.axvspan(mean - sd, mean + sd, color=BLUE, alpha=0.10, linewidth=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
+    axes.text(mean, axes.get_ylim()[1], words, ha="center", va="top")
+    axes.set_xlabel(f"{metric} of the baseline on the holdout, one tick per seed")
+    axes.set_ylabel("runs")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+
+
+def noise_study(study: NoiseStudy) -> str | None:
+    """A noise study: scores over seeds, its components, and how well classes of knobs pair."""
+    total = study.total
+    if len(study.scores) < 3 or total.sd <= 0:
+        return None
+    parts = [
+        ("total (winsorised)", total, BLUE, "o"),
+        ("initial parameters", study.init, ORANGE, "s"),
+        ("data order", study.data, GREEN, "D"),
+    ]
+    spreads = [(name, one, ink, mark) for name, one, ink, mark in parts if one is not None]
+    pairs = [(one, pair) for one in study.classes if (pair := one.pairing) is not None]
+    heights = [2.6, 0.9 + 0.3 * len(spreads), *([0.9 + 0.3 * len(pairs)] if pairs else [])]
+    words = f"sd {total.sd:.3g}  [{total.low:.3g}, {total.high:.3g}], {total.n} seeds"
+    with rc_context(_STYLE):
+        figure = _figure(sum(heights))
+        panels = figure.subplots(len(heights), 1, height_ratios=heights)
+        _distribution(panels[0], study.scores, study.mean, total.sd, words, study.metric)
+        for row, (_, one, ink, mark) in enumerate(spreads):
+            _estimate(panels[1], row, one.sd, (one.low, one.high), ink, mark)
+        _rows(panels[1], [name for name, *_ in spreads])
+        panels[1].set_xlim(left=0)
+        panels[1].set_xlabel(f"standard deviation, {study.unit}, with 95 % interval")
+        if pairs:
+            _correlations(panels[2], pairs)
+        return _svg(figure, "noise-study")
+
+
+def _correlations(axes: Axes, pairs: Sequence[tuple[ClassNoise, Pairing]]) -> None:
+    for row, (_, pair) in enumerate(pairs):
+        if pair.correlation is not None:
+            ends = (pair.low, pair.high)
+            _estimate(axes, row, pair.correlation, ends, PINK, "o")
+    _rows(axes, [_short(f"{one.group}: {one.change}", 40) for one, _ in pairs])
+    low = min(
+        value
+        for _, pair in pairs
+        for value in (pair.low, pair.correlation, 1.0)
+        if value is not None
+    )
+    if low < 0:
+        axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_xlim(low - 0.06 * (1 - low) - 0.001, 1 + 0.03 * (1 - low) + 0.001)
+    axes.set_xlabel("correlation with the baseline on the same seeds, with 95 % interval")
+
+
+def _estimate(
+    axes: Axes,
+    row: int,
+    value: float,
+    ends: tuple[float | None, float | None],
+    colour: str,
+    marker: str,
+) -> None:
+    """A marker on its interval, if it has one."""
+    low, high = ends
+    if low is not None and high is not None:
+        axes.plot([low, high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
+    axes.plot([value], [row], marker=marker, color=colour, markersize=6)
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    _quiet(axes, "x")
 
 
 def timeline(spans: Sequence[Activity]) -> str | None:

@@ -67,10 +67,10 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     plots = draw(report)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for name, svg in plots.items():
-        _replace(folder / "plots" / f"{name}.svg", standalone(svg))
+        replace_file(folder / "plots" / f"{name}.svg", standalone(svg))
     markdown, html = folder / "report.md", folder / "report.html"
-    _replace(markdown, render(report, "md", plots))
-    _replace(html, render(report, "html", plots))
+    replace_file(markdown, render(report, "md", plots))
+    replace_file(html, render(report, "html", plots))
     return markdown, html
 
 
@@ -99,6 +99,27 @@ def draw(report: Report) -> dict[str, str]:
 
 def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
     """The text of the report; `form` is `md` or `html`."""
+    return fill(
+        f"report.{form}.j2",
+        form,
+        plots,
+        report=report,
+        head=report.headline,
+        sentences=headline_sentences(report),
+        accepted=report.decided(*STANDING),
+        crowned={entry.claim_id for entry, _ in report.champions},
+        closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
+        shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
+        shown_failures=report.failures[:FAILURES_SHOWN],
+        dead_ends=[describe_dead_end(end) for end in report.dead_ends],
+        script=reproduction(report),
+        script_run=shape_of_run(report),
+        fdr=gate.DEFAULTS.certified_fdr,
+    )
+
+
+def fill(template: str, form: str, plots: Mapping[str, str], **values: Any) -> str:
+    """A page of `society/templates`, with the filters that make text of the ledger inert in it."""
     from jinja2 import Environment as Templates
     from jinja2 import PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -112,22 +133,18 @@ def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
         keep_trailing_newline=True,
     )
     templates.filters.update(_filters(form))
-    page = templates.get_template(f"report.{form}.j2")
-    return page.render(
-        report=report,
-        head=report.headline,
-        sentences=headline_sentences(report),
-        plots={name: Markup(svg) for name, svg in plots.items()},
-        accepted=report.decided(*STANDING),
-        crowned={entry.claim_id for entry, _ in report.champions},
-        closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
-        shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
-        shown_failures=report.failures[:FAILURES_SHOWN],
-        dead_ends=[describe_dead_end(end) for end in report.dead_ends],
-        script=reproduction(report),
-        script_run=shape_of_run(report),
-        fdr=gate.DEFAULTS.certified_fdr,
-    )
+    page = templates.get_template(template)
+    return page.render(plots={name: Markup(svg) for name, svg in plots.items()}, **values)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _points(report: Report) -> list[PoolPoint]:
@@ -208,13 +225,3 @@ def _fenced(text: str) -> Markup:
     from markupsafe import Markup
 
     return Markup(text.replace("`", "'"))  # fenced, and without a fence of its own
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never a half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from society.experiments.space import Space
 from society.experiments.task import Direction, Task, known_tasks
 from society.knobs import Scalar
 from society.records import (
+    SOCIETY_KINDS,
     Activity,
     Champion,
     Claim,
@@ -198,7 +199,7 @@ class Report:
 
 def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Report:
     """Everything the ledger knows about one task on one tier, as it is now. Only reads."""
-    runs = tuple(sorted(ledger.runs(scope), key=lambda run: run.number))
+    runs = ledger.runs(scope, kinds=SOCIETY_KINDS)
     claims = tuple(ledger.claims(scope))
     champions = _champions(ledger, scope)
     societies = tuple(s for s in ledger.societies() if s.id in _involved(runs, claims, ledger))
@@ -237,7 +238,7 @@ def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Repo
 def _involved(runs: Sequence[Run], claims: Sequence[Claim], ledger: Ledger) -> set[str]:
     """Societies that worked on this task and tier; all of them while nothing has been run."""
     named = {run.society for run in runs} | {claim.society for claim in claims}
-    return named or {society.id for society in ledger.societies()}
+    return named or {one.id for one in ledger.societies() if not one.is_study}
 
 
 def _as_of(
@@ -488,9 +489,22 @@ def _cost_line(kind: str, runs: Sequence[Run]) -> CostLine:
         tokens=sum(cost.tokens for cost in costs),
         steps=sum(cost.steps for cost in costs),
         mem_bytes=max((cost.mem_bytes for cost in costs), default=0),
+        train_s=math.fsum(cost.train_s for cost in costs),
+        compile_s=math.fsum(cost.compile_s for cost in costs),
+        mfu=_mean_mfu(costs),
+        device_mem_bytes=max((cost.device_mem_bytes for cost in costs), default=0),
     )
     failed = sum(run.outcome is not Outcome.COMPLETED for run in runs)
     return CostLine(kind, len(runs), failed, total)
+
+
+def _mean_mfu(costs: Sequence[Cost]) -> float | None:
+    """Mean over the seconds of training; None where no run knew it."""
+    known = [(cost.mfu, cost.train_s) for cost in costs if cost.mfu is not None and cost.train_s]
+    if not known:
+        return None
+    seconds = math.fsum(part for _, part in known)
+    return math.fsum(mfu * part for mfu, part in known) / seconds
 
 
 def _environments(runs: Iterable[Run]) -> tuple[Environment, ...]:

@@ -50,6 +50,9 @@ class Settings(BaseModel):
     """Where training runs."""
     patience: Annotated[int, Field(ge=0)] = 2
     """Screening runs that the best proposal must stand unbeaten before a claim is filed."""
+    recall: Literal["shared", "own"] = "shared"
+    """What agents know when they propose: all screening results, or only those of their own runs
+    and the champion's. With `own`, searching the notebook by meaning and hypotheses are off too."""
 
     @model_validator(mode="after")
     def _check_roles(self) -> Settings:

@@ -8,6 +8,7 @@ import pytest
 import typer.main
 
 from society.cli import app
+from society.experiments import Space, load_task
 from society.roles import experimenter, meta_analyst, statistician, verifier
 
 ROOT = Path(__file__).parents[1]
@@ -95,3 +96,23 @@ def test_every_page_is_in_the_index():
     index = (ROOT / "docs/index.md").read_text()
     for page in ROOT.glob("docs/*.md"):
         assert page.name == "index.md" or f"({page.name})" in index
+
+
+def test_the_table_of_knobs_is_that_of_the_recipe():
+    space = Space.of(load_task("pretrain", "cpu"))
+    page = (ROOT / "docs/trainer.md").read_text().partition("## Knobs")[2]
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\S+) \| (.*) \|$", page, re.MULTILINE)
+    told = {name: (group, default, rest) for group, name, default, rest in rows if name != "knob"}
+    assert list(told) == list(space.knobs)
+    for name, knob in space.knobs.items():
+        group, default, rest = told[name]
+        shown = space.default(name)
+        assert (group, default) == (knob.group, plainly(shown))
+        assert rest.endswith(f"| {knob.unit} | {knob.about} | {knob.source}"), name
+        values = knob.choices or [knob.low, knob.high] * (type(shown) is not bool)
+        for value in values:
+            assert plainly(value) in rest, name
+
+
+def plainly(value):
+    return f"{value:g}" if type(value) is float else str(value)

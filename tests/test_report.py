@@ -460,3 +460,19 @@ def test_progress_survives_failures_only_and_maximising(busy_lab):
 def test_settings_of_a_society_are_shown_as_json(pages):
     _, html = pages
     assert json.dumps({"agents": 3, "note": "<b>"}, sort_keys=True) in "".join(Page(html).text)
+
+
+def test_runs_on_an_accelerator_report_their_throughput(lab, tmp_path):
+    lab.commit(Crown(lab.screen({}).variant, None, None))
+    for lr, mfu, seconds in ((0.05, 0.5, 300.0), (0.07, 0.2, 100.0), (0.09, None, 100.0)):
+        cost = Cost(
+            tokens=10_000_000, train_s=seconds, compile_s=40.0, mfu=mfu, device_mem_bytes=3 << 30
+        )
+        lab.screen({"lr": lr}, measurement=Measurement(Outcome.COMPLETED, 1.0, cost))
+    total = lab.report().costs[-1].cost
+    assert total.mfu == pytest.approx((0.5 * 300 + 0.2 * 100) / 400)
+    markdown, html = write_report(lab.report(), tmp_path / "report")
+    for page in (markdown, html):
+        words = page.read_text()
+        assert "42.5 % of the card" in words
+        assert "at most 3.0 GiB of its memory" in words
