@@ -437,6 +437,36 @@ def audit(
     typer.echo(f"Report: {result.html}")
 
 
+@app.command()
+def rerun(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, e.g. r00012.")],
+    lab: Lab = LAB,
+    as_json: Json = False,
+) -> None:
+    """Make a recorded run again from what the notebook holds, and compare the bits.
+
+    Nothing is written. Exit code 1 if other bits came in the environment that was recorded.
+
+    Example: society rerun r00012 --lab lab
+    """
+    from society.memory.folder import NotebookFolder
+    from society.rerun import rerun as run_again
+
+    found = run_again(NotebookFolder(lab), run_id)
+    told = {
+        "run": f"{found.run.id} {found.run.variant.describe()}, {found.run.kind.value}",
+        "recorded": f"{found.run.outcome.value} {found.run.score}",
+        "now": f"{found.measured.outcome.value} {found.measured.score}",
+        "verdict": found.verdict,
+    }
+    if as_json:
+        emit_json({**plain(found), **told, "same": found.same, "reproduced": found.reproduced})
+    else:
+        emit_fields(told)
+    if found.reproduced is False:
+        raise typer.Exit(1)
+
+
 def effect_words(effect: Effect, unit: str) -> str:
     """A gain with its interval."""
     return (
