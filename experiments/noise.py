@@ -81,8 +81,8 @@ class Pairing:
     low: float | None
     """Ends of Fisher's interval; None where there is none."""
     high: float | None
-    shift: float
-    """Mean of changed minus baseline, in the metric."""
+    delta: float
+    """Mean improvement of the changed recipe over the baseline, in the metric."""
     difference: Spread
     """Standard deviation of the paired difference."""
 
@@ -143,9 +143,15 @@ def add_up(total: Spread, init: Spread, data: Spread) -> Sum | None:
 
 
 def pairing(
-    baseline: Mapping[int, float | None], changed: Mapping[int, float | None]
+    baseline: Mapping[int, float | None], changed: Mapping[int, float | None], direction: int
 ) -> Pairing | None:
-    """Compare two recipes on their common seeds; None with fewer than two completed pairs."""
+    """Compare two recipes on their common seeds; None with fewer than two completed pairs.
+
+    Args:
+        baseline: seed -> score, None for a failed run.
+        changed: The same for the changed recipe.
+        direction: -1 if lower scores are better, +1 if higher ones are.
+    """
     both = [
         (score, other)
         for seed, score in baseline.items()
@@ -154,7 +160,7 @@ def pairing(
     if len(both) < 2:
         return None
     old, new = [a for a, _ in both], [b for _, b in both]
-    differences = [b - a for a, b in both]
+    differences = [direction * (b - a) for a, b in both]
     rho = correlation(old, new)
     low, high = fisher_interval(rho, len(both)) if rho is not None else (None, None)
     return Pairing(len(both), rho, low, high, fmean(differences), spread(differences))

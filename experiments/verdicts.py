@@ -483,6 +483,12 @@ class FindingResult:
     """Whether everything that was planned has been done."""
 
     @property
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """What is to be known about changes of this finding: (change, note)."""
+        pairs = zip(self.arms, self.finding.interventions, strict=False)
+        return tuple((arm.change, published.note) for arm, published in pairs if published.note)
+
+    @property
     def predicted(self) -> str:
         """The prediction in words."""
         first = self.finding.primary

@@ -269,7 +269,7 @@ def _class(
         group=group,
         change=bench.space.variant(bench.task.key, plan.changes[group]).describe(),
         failed=sum(run.score is None for run in runs),
-        pairing=noise.pairing(_by_seed(made["total"]), _by_seed(runs)),
+        pairing=noise.pairing(_by_seed(made["total"]), _by_seed(runs), bench.task.direction.sign),
     )
 
 

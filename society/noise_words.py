@@ -155,7 +155,7 @@ def class_rows(study: NoiseStudy) -> Rows:
     if not study.classes:
         return []
     heading = (
-        "class", "change", "mean difference", "correlation", "95 % interval",
+        "class", "change", "mean improvement", "correlation", "95 % interval",
         "sd of difference", "95 % interval", "pairs", "pairs for half a floor",
     )  # fmt: skip
     return [heading, *(_class_row(study, one) for one in study.classes)]
@@ -169,7 +169,7 @@ def _class_row(study: NoiseStudy, one: ClassNoise) -> tuple[str, ...]:
     return (
         one.group,
         one.change,
-        f"{pair.shift:+.4g}",
+        f"{pair.delta:+.4g}",
         "–" if pair.correlation is None else f"{pair.correlation:.3f}",
         "–" if pair.low is None or pair.high is None else f"[{pair.low:.3f}, {pair.high:.3f}]",
         f"{spread.sd:.4g}",

@@ -140,16 +140,17 @@ def test_a_correlation_lies_in_its_interval(n, seed):
 def test_pairs_are_common_completed_seeds():
     old = {1: 1.0, 2: 2.0, 3: 4.0, 4: None, 5: 9.0}
     new = {3: 4.5, 2: 2.5, 1: 1.5, 4: 1.0, 5: None}
-    found = noise.pairing(old, new)
-    assert (found.n, found.shift) == (3, pytest.approx(0.5))
+    found = noise.pairing(old, new, +1)
+    assert (found.n, found.delta) == (3, pytest.approx(0.5))
+    assert noise.pairing(old, new, -1).delta == pytest.approx(-0.5)
     assert found.correlation == pytest.approx(1.0)
     assert found.difference.sd == pytest.approx(0.0)
     assert found.effective(1.0) == pytest.approx(1.0)
-    assert noise.pairing(old, {1: 1.0}) is None
+    assert noise.pairing(old, {1: 1.0}, +1) is None
 
 
 def test_a_recipe_without_noise_has_no_correlation():
-    found = noise.pairing({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
+    found = noise.pairing({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}, -1)
     assert (found.correlation, found.low, found.high) == (None, None, None)
     assert found.effective(0.0) == 0.0
 
