@@ -13,9 +13,18 @@ import pytest
 
 from society import app
 from society.errors import NotebookInUse, UsageError
+from society.experiments import load_task, variant
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
-from society.records import Decision, Outcome, RunKind, SeedList, SocietyState, Split
+from society.records import (
+    Decision,
+    NewHypothesis,
+    Outcome,
+    RunKind,
+    SeedList,
+    SocietyState,
+    Split,
+)
 from society.settings import Settings
 
 
@@ -110,10 +119,16 @@ def test_no_experiment_is_made_twice(ledger):
 
 
 def test_failed_runs_are_on_record(tmp_path):
-    run(tmp_path, runs=90, seed=9)
+    run(tmp_path, runs=24, seed=9)
+    hot = variant(load_task("synthetic", "quick"), {"lr": 1.0, "momentum": 0.99})
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        (scope,), (record,) = ledger.scopes(), ledger.societies()
+        idea = NewHypothesis("A rate far too high.", "It must diverge.", hot, 9.0)
+        ledger.commit(scope, record.id, "a01", [idea], key="planted")
+    run(tmp_path, runs=16, seed=9)
     with Ledger.open(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         failed = [run for run in ledger.runs() if run.outcome is not Outcome.COMPLETED]
-    assert failed
+    assert hot in [run.variant for run in failed]
     assert all(run.log_tail and run.score is None for run in failed)
 
 
