@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Table, func, insert, literal_column, select, update
+from sqlalchemy import (
+    Connection,
+    Select,
+    Table,
+    and_,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from society.errors import InvariantViolated
 from society.memory import schema
@@ -16,21 +28,23 @@ from society.records import (
     Crown,
     Decision,
     Entry,
+    HypothesisDropped,
     HypothesisState,
-    HypothesisTaken,
-    HypothesisTested,
     NewClaim,
     NewHypothesis,
     NewInsight,
+    NewPrior,
+    NewRefusal,
     NewStudy,
     Noise,
+    RunKind,
     Scope,
     StudyResult,
     Variant,
     Verdict,
 )
 
-CLOCK: Any = literal_column(schema.CLOCK)
+CLOCK: Any = schema.Clock()
 """The database's clock as an SQL expression."""
 
 
@@ -60,13 +74,23 @@ def keep_variant(tx: Connection, variant: Variant) -> str:
     fingerprint = variant.fingerprint
     column = schema.variants.c.fingerprint
     if tx.execute(select(column).where(column == fingerprint)).first() is None:
-        tx.execute(insert(schema.variants).values(**variant_values(variant)))
+        add_variant(tx, variant)
     return fingerprint
+
+
+def add_variant(tx: Connection, variant: Variant) -> None:
+    """Store a variant that is not known yet."""
+    number = _next_number(schema.variants).scalar_subquery()
+    tx.execute(insert(schema.variants).values(number=number, **variant_values(variant)))
 
 
 def next_number(tx: Connection, table: Table) -> int:
     """Number of the next row of a table; the write lock is held, so nobody else takes it."""
-    return int(tx.execute(select(func.coalesce(func.max(table.c.number), 0) + 1)).scalar_one())
+    return int(tx.execute(_next_number(table)).scalar_one())
+
+
+def _next_number(table: Table) -> Select[Any]:
+    return select(func.coalesce(func.max(table.c.number), 0) + 1)
 
 
 def _claim(tx: Connection, by: Author, entry: NewClaim) -> None:
@@ -140,6 +164,12 @@ def _crown(tx: Connection, by: Author, entry: Crown) -> None:
 
 
 def _insight(tx: Connection, by: Author, entry: NewInsight) -> None:
+    missing = sorted(set(entry.evidence) - _existing(tx, entry.evidence))
+    if missing:
+        raise InvariantViolated(
+            f"An insight cites {', '.join(map(repr, missing))}: there is no run, claim, insight or "
+            "study of this id. Cite what is in the notebook."
+        )
     number = next_number(tx, schema.insights)
     tx.execute(
         insert(schema.insights).values(
@@ -155,7 +185,54 @@ def _insight(tx: Connection, by: Author, entry: NewInsight) -> None:
     )
 
 
+def _existing(tx: Connection, ids: Sequence[str]) -> set[str]:
+    """Which of these ids are those of a run, claim, insight or study."""
+    missing = list(dict.fromkeys(ids))
+    found: set[str] = set()
+    for table in (schema.runs, schema.claims, schema.insights, schema.studies):
+        for start in range(0, len(missing), 500):
+            some = table.c.id.in_(missing[start : start + 500])
+            found.update(tx.execute(select(table.c.id).where(some)).scalars())
+        missing = [one for one in missing if one not in found]
+    return found
+
+
+def known(tx: Connection, scope: int, fingerprint: str) -> bool:
+    """Whether a variant was proposed or screened before, so that proposing it adds nothing."""
+    ideas, made = schema.hypotheses, schema.runs
+    posted = exists().where(ideas.c.scope == scope, ideas.c.variant == fingerprint)
+    screened = exists().where(
+        made.c.scope == scope,
+        made.c.variant == fingerprint,
+        made.c.kind == RunKind.SCREENING.value,
+    )
+    return bool(tx.execute(select(or_(posted, screened))).scalar())
+
+
+def check_hypothesis(entry: NewHypothesis) -> None:
+    """Refuse a priority or cost that ideas cannot be ranked by.
+
+    Raises:
+        InvariantViolated: one of them is not finite, or the cost is not above 0.
+    """
+    if not (math.isfinite(entry.priority) and math.isfinite(entry.cost) and entry.cost > 0):
+        raise InvariantViolated(
+            f"A hypothesis about {entry.variant.describe()} has the priority {entry.priority} and "
+            f"the cost {entry.cost}: both must be finite, and the cost above 0."
+        )
+
+
 def _hypothesis(tx: Connection, by: Author, entry: NewHypothesis) -> None:
+    check_hypothesis(entry)
+    scopes = schema.scopes
+    task = tx.execute(select(scopes.c.task).where(scopes.c.number == by.scope)).scalar_one()
+    if entry.variant.task != task:
+        raise InvariantViolated(
+            f"A hypothesis of {task} is about a variant of {entry.variant.task}, which cannot be "
+            "run here."
+        )
+    if known(tx, by.scope, entry.variant.fingerprint):
+        return
     number = next_number(tx, schema.hypotheses)
     tx.execute(
         insert(schema.hypotheses).values(
@@ -168,34 +245,65 @@ def _hypothesis(tx: Connection, by: Author, entry: NewHypothesis) -> None:
             rationale=entry.rationale,
             variant=keep_variant(tx, entry.variant),
             priority=entry.priority,
+            cost=entry.cost,
             state=HypothesisState.OPEN.value,
             posted_at=CLOCK,
         )
     )
 
 
-def _taken(tx: Connection, by: Author, entry: HypothesisTaken) -> None:
+def _dropped(tx: Connection, by: Author, entry: HypothesisDropped) -> None:
+    """Close it, unless somebody has taken, tested or dropped it meanwhile."""
     table = schema.hypotheses
-    taken = tx.execute(
-        update(table)
-        .where(table.c.id == entry.hypothesis_id, table.c.state == HypothesisState.OPEN.value)
-        .values(state=HypothesisState.TAKEN.value, taken_by=by.agent, taken_in=by.society)
-    )
-    if taken.rowcount != 1:
-        raise InvariantViolated(f"Hypothesis {entry.hypothesis_id!r} is not open.")
-
-
-def _tested(tx: Connection, by: Author, entry: HypothesisTested) -> None:
-    table = schema.hypotheses
-    known = tx.execute(select(table.c.state).where(table.c.id == entry.hypothesis_id)).scalar()
-    if known is None:
+    named = table.c.id == entry.hypothesis_id
+    if tx.execute(select(table.c.id).where(named)).first() is None:
         raise InvariantViolated(f"No hypothesis {entry.hypothesis_id!r}.")
-    if known != HypothesisState.TESTED.value:  # the first test counts
-        tx.execute(
-            update(table)
-            .where(table.c.id == entry.hypothesis_id)
-            .values(state=HypothesisState.TESTED.value, run_id=entry.run_id)
+    ran_out = and_(table.c.state == HypothesisState.TAKEN.value, table.c.taken_until <= CLOCK)
+    tx.execute(
+        update(table)
+        .where(named, or_(table.c.state == HypothesisState.OPEN.value, ran_out))
+        .values(
+            state=HypothesisState.DROPPED.value,
+            dropped_because=entry.reason,
+            taken_by=None,
+            taken_in=None,
+            taken_until=None,
         )
+    )
+
+
+def _refusal(tx: Connection, by: Author, entry: NewRefusal) -> None:
+    tx.execute(
+        insert(schema.refusals).values(
+            number=next_number(tx, schema.refusals),
+            scope=by.scope,
+            society=by.society,
+            agent=by.agent,
+            variant=keep_variant(tx, entry.variant),
+            reason=entry.reason.value,
+            run_id=entry.run_id,
+            note=entry.note,
+            refused_at=CLOCK,
+        )
+    )
+
+
+def _prior(tx: Connection, by: Author, entry: NewPrior) -> None:
+    number = next_number(tx, schema.priors)
+    tx.execute(
+        insert(schema.priors).values(
+            number=number,
+            id=f"p{number:05d}",
+            scope=by.scope,
+            society=by.society,
+            source=entry.source,
+            label=entry.label,
+            score=entry.score,
+            status=entry.status,
+            description=entry.description,
+            imported_at=CLOCK,
+        )
+    )
 
 
 def _noise(tx: Connection, by: Author, entry: Noise) -> None:
@@ -255,8 +363,9 @@ _WRITERS: dict[type, Callable[[Connection, Author, Any], None]] = {
     Crown: _crown,
     NewInsight: _insight,
     NewHypothesis: _hypothesis,
-    HypothesisTaken: _taken,
-    HypothesisTested: _tested,
+    HypothesisDropped: _dropped,
+    NewRefusal: _refusal,
+    NewPrior: _prior,
     Noise: _noise,
     NewStudy: _study,
     StudyResult: _study_result,

@@ -1,7 +1,7 @@
 """Leases and the seeds they stand on: what may be run next, where, and by whom.
 
 Functions for the inside of a transaction, which `Ledger` opens; those that write need the write
-lock. They find the work and the seed; whether a lease may be given is decided by `schema.py`.
+lock. They find the work and the seed; whether a lease may be given is decided by `rules.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 
 from sqlalchemy import (
     Connection,
+    Float,
     RowMapping,
     Select,
+    Text,
     and_,
+    bindparam,
     exists,
     func,
     insert,
@@ -27,11 +30,21 @@ from sqlalchemy import (
     update,
 )
 
-from society.errors import AlreadyLeased, AlreadyRun, LeaseLost
+from society.errors import AlreadyLeased, AlreadyRun, InvariantViolated, LeaseLost
 from society.memory import rows
-from society.memory.entries import CLOCK, keep_variant, scope_number
-from society.memory.schema import LeaseState, hypotheses, leases, meta, runs, seeds
+from society.memory.entries import CLOCK, add_variant, keep_variant, scope_number
+from society.memory.schema import (
+    LeaseState,
+    hypotheses,
+    leases,
+    meta,
+    runs,
+    scopes,
+    seeds,
+    variants,
+)
 from society.records import (
+    Environment,
     HypothesisState,
     Lease,
     Outcome,
@@ -176,23 +189,105 @@ def _free_seeds(kind: RunKind, number: int, fingerprint: str) -> Select[Any]:
     )
 
 
+_NEW_LEASE = (
+    insert(leases)
+    .values(state=_LIVING, created_at=CLOCK, expires_at=CLOCK + bindparam("ttl_s", type_=Float))
+    .returning(*leases.c)
+)
+
 # --- giving a lease ------------------------------------------------------------------------------
 
 
+def see_screening(tx: Connection, request: Request) -> None:
+    """Refuse what is plainly not to be had, without the write lock.
+
+    Raises:
+        AlreadyRun: the variant was screened.
+        AlreadyLeased: somebody screens it at this moment.
+    """
+    fingerprint = request.variant.fingerprint
+    seen = tx.execute(_SCREENING, _named(request, fingerprint)).mappings().first()
+    if seen is None:
+        return
+    _check_not_run(request, seen)
+    if seen["leased"]:
+        on_it = and_(leases.c.scope == seen["scope"], leases.c.subject == fingerprint)
+        living = and_(leases.c.state == _LIVING, leases.c.expires_at > CLOCK)
+        held = tx.execute(select(leases).where(on_it, living)).mappings().first()
+        if held is not None:
+            raise _held_by(held)
+
+
+def _check_not_run(request: Request, seen: RowMapping) -> None:
+    run = seen["run_id"]
+    if run is not None:
+        raise AlreadyRun(run, f"{request.variant.describe()} was screened as run {run}.")
+
+
 def lease_screening(tx: Connection, request: Request) -> Lease:
-    """A lease on the first screening seed, unless the variant was screened there."""
-    number, fingerprint = _known(tx, request)
-    seed = _draw(tx, SeedList.SCREENING, request.scope, number, 0)
-    done = select(runs.c.id).where(
-        runs.c.scope == number,
-        runs.c.variant == fingerprint,
-        runs.c.kind == RunKind.SCREENING.value,
-        runs.c.seed == seed,
+    """A lease on the first screening seed, unless the variant was screened there.
+
+    Everybody's hot path: what is there is read in one statement.
+    """
+    _check_task(request)
+    fingerprint = request.variant.fingerprint
+    seen = tx.execute(_SCREENING, _named(request, fingerprint)).mappings().first()
+    if seen is None or seen["seed"] is None:
+        number = scope_number(tx, request.scope, create=True)
+        assert number is not None
+        _draw(tx, SeedList.SCREENING, request.scope, number, 0)
+        seen = tx.execute(_SCREENING, _named(request, fingerprint)).mappings().one()
+    _check_not_run(request, seen)
+    if not seen["known"]:
+        add_variant(tx, request.variant)
+    place = _Place(0, seen["seed"], 1)
+    token = None if seen["leased"] else seen["token"]
+    return _lease(tx, request, seen["scope"], place, fingerprint, fingerprint, token)
+
+
+def _named(request: Request, fingerprint: str) -> dict[str, Any]:
+    return {"task": request.scope.task, "tier": request.scope.tier, "fingerprint": fingerprint}
+
+
+def _screening() -> Select[Any]:
+    """SQL: all that a lease on a screening run has to know, in one row."""
+    fingerprint: Any = bindparam("fingerprint", type_=Text)
+    first = (
+        select(seeds.c.seed)
+        .where(
+            seeds.c.scope == scopes.c.number,
+            seeds.c.list == SeedList.SCREENING.value,
+            seeds.c.position == 0,
+        )
+        .correlate(scopes)
+        .scalar_subquery()
     )
-    before = tx.execute(done).scalar()
-    if before is not None:
-        raise AlreadyRun(before, f"{request.variant.describe()} was screened as run {before}.")
-    return _lease(tx, request, number, _Place(0, seed, 1), fingerprint, fingerprint)
+    made = select(runs.c.id).where(
+        runs.c.scope == scopes.c.number,
+        runs.c.variant == fingerprint,
+        runs.c.kind == literal_column(f"'{RunKind.SCREENING.value}'"),
+        runs.c.seed == first,
+    )
+    leased = exists().where(
+        leases.c.scope == scopes.c.number,
+        leases.c.subject == fingerprint,
+        leases.c.state == literal_column(f"'{_LIVING}'"),
+    )
+    return select(
+        scopes.c.number.label("scope"),
+        first.label("seed"),
+        made.scalar_subquery().label("run_id"),
+        exists().where(variants.c.fingerprint == fingerprint).label("known"),
+        leased.label("leased"),
+        _next_token().label("token"),
+    ).where(scopes.c.task == bindparam("task"), scopes.c.tier == bindparam("tier"))
+
+
+def _next_token() -> Any:
+    return select(func.coalesce(func.max(leases.c.token), 0) + 1).scalar_subquery()
+
+
+_SCREENING = _screening()
 
 
 def lease_next_seed(tx: Connection, request: Request) -> Lease:
@@ -251,8 +346,18 @@ def lease_study(
     return _lease(tx, request, number, place, subject, fingerprint)
 
 
+def _check_task(request: Request) -> None:
+    """Refuse a variant of another task, whose scores could not be compared."""
+    if request.variant.task != request.scope.task:
+        raise InvariantViolated(
+            f"{request.variant.describe()} is a variant of {request.variant.task}: its scores "
+            f"cannot be compared with those of {request.scope.task}."
+        )
+
+
 def _known(tx: Connection, request: Request) -> tuple[int, str]:
     """Scope number and fingerprint of what is asked for, stored if they are new."""
+    _check_task(request)
     number = scope_number(tx, request.scope, create=True)
     assert number is not None
     return number, keep_variant(tx, request.variant)
@@ -281,41 +386,37 @@ def _lease(
     place: _Place,
     subject: str,
     fingerprint: str,
+    token: int | None = None,
 ) -> Lease:
-    """Give the lease: end an expired one on the subject, then insert under the rules."""
-    _sweep(tx, number, subject)
+    """Give the lease: end an expired one on the subject, then insert under the rules.
+
+    `token` is the next one, for callers who know it, and that no lease is on the subject.
+    """
+    if token is None:
+        _sweep(tx, number, subject)
+        token = int(tx.execute(select(_next_token())).scalar_one())
     which, split, _ = _LISTS[request.kind]
-    token = int(tx.execute(select(func.coalesce(func.max(leases.c.token), 0) + 1)).scalar_one())
-    row = (
-        tx.execute(
-            insert(leases)
-            .values(
-                token=token,
-                run_id=f"r{token:05d}",
-                scope=number,
-                society=request.society,
-                holder=request.holder,
-                subject=subject,
-                kind=request.kind.value,
-                variant=fingerprint,
-                list=which.value,
-                position=place.position,
-                seed=place.seed,
-                split=split.value,
-                attempt=place.attempt,
-                claim_id=request.claim_id,
-                idea=rows.clean_text(request.idea),
-                data_seed=place.data_seed,
-                repeat=place.repeat,
-                state=_LIVING,
-                created_at=CLOCK,
-                expires_at=CLOCK + request.ttl_s,
-            )
-            .returning(*leases.c)
-        )
-        .mappings()
-        .one()
-    )
+    values = {
+        "token": token,
+        "run_id": f"r{token:05d}",
+        "scope": number,
+        "society": request.society,
+        "holder": request.holder,
+        "subject": subject,
+        "kind": request.kind.value,
+        "variant": fingerprint,
+        "list": which.value,
+        "position": place.position,
+        "seed": place.seed,
+        "split": split.value,
+        "attempt": place.attempt,
+        "claim_id": request.claim_id,
+        "idea": rows.clean_text(request.idea),
+        "data_seed": place.data_seed,
+        "repeat": place.repeat,
+        "ttl_s": request.ttl_s,
+    }
+    row = tx.execute(_NEW_LEASE, values).mappings().one()
     return rows.to_lease(row, request.variant)
 
 
@@ -331,10 +432,14 @@ def _sweep(tx: Connection, number: int, subject: str) -> None:
         tx.execute(select(leases).where(same, leases.c.state == _LIVING)).mappings().first()
     )
     if held is not None:
-        raise AlreadyLeased(
-            f"{held['holder']} holds the lease on this ({held['kind']} run {held['run_id']}) "
-            f"until {held['expires_at']:.0f}. Do something else, or wait."
-        )
+        raise _held_by(held)
+
+
+def _held_by(held: RowMapping) -> AlreadyLeased:
+    return AlreadyLeased(
+        f"{held['holder']} holds the lease on this ({held['kind']} run {held['run_id']}) "
+        f"until {held['expires_at']:.0f}. Do something else, or wait."
+    )
 
 
 # --- holding and ending a lease ------------------------------------------------------------------
@@ -391,6 +496,22 @@ def held(tx: Connection, lease: Lease) -> RowMapping:
     return row
 
 
+def check_tier(tx: Connection, row: RowMapping, environment: Environment) -> None:
+    """Refuse a run that was made on another hardware tier than its lease is for.
+
+    Its score would stand among those of the lease's tier, where it cannot be compared.
+
+    Raises:
+        InvariantViolated: the tiers differ.
+    """
+    tier = tx.execute(select(scopes.c.tier).where(scopes.c.number == row["scope"])).scalar_one()
+    if tier != environment.tier:
+        raise InvariantViolated(
+            f"Run {row['run_id']} was made on {environment.tier}, and its lease is for {tier}: "
+            "scores are compared within one hardware tier only. Lease it for the tier it runs on."
+        )
+
+
 def _still(lease: Lease, row: RowMapping) -> bool:
     """Whether a stored lease is living and the very one its holder was given.
 
@@ -422,7 +543,7 @@ def release_all(tx: Connection, society: str) -> int:
             hypotheses.c.taken_in == society,
             hypotheses.c.state == HypothesisState.TAKEN.value,
         )
-        .values(state=HypothesisState.OPEN.value, taken_by=None, taken_in=None)
+        .values(state=HypothesisState.OPEN.value, taken_by=None, taken_in=None, taken_until=None)
     )
     return int(ended.rowcount)
 

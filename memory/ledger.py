@@ -13,41 +13,41 @@ call may raise `NotebookDamaged`.
 from __future__ import annotations
 
 import json
-import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import Connection, Select, and_, exists, insert, literal_column, select, update
+from sqlalchemy import Select, and_, exists, func, insert, select, text, update
 
 from society.errors import InvariantViolated, NotANotebook
-from society.memory import leases, rows
-from society.memory.database import Database
+from society.memory import exchange, feed, leases, links, rows, tally
+from society.memory.database import Database, stored
 from society.memory.entries import CLOCK, Author, next_number, scope_number, write
+from society.memory.feed import Posted
+from society.memory.mirror import Board, Docket, Mirror, read_claims, read_runs
 from society.memory.schema import (
     activities,
     champions,
     claims,
     commits,
     counters,
-    hypotheses,
     insights,
     noise,
     outbox,
+    priors,
+    refusals,
     runs,
     scopes,
     seeds,
     societies,
+    sources,
     studies,
     study_results,
     study_runs,
-    variants,
-    verdict_runs,
     verdicts,
 )
+from society.memory.tally import Spent
 from society.records import (
     Activity,
     Budget,
@@ -63,9 +63,11 @@ from society.records import (
     Lease,
     Measurement,
     Noise,
-    Outcome,
+    Prior,
+    Refusal,
     Run,
     RunKind,
+    Savings,
     Scope,
     SeedList,
     SocietyRecord,
@@ -73,21 +75,7 @@ from society.records import (
     Split,
     Study,
     Variant,
-    Verdict,
 )
-
-_Enum = TypeVar("_Enum", bound=StrEnum)
-
-
-@dataclass(frozen=True, slots=True)
-class Posted:
-    """One line of the outbox: something the semantic index should read."""
-
-    seq: int
-    kind: str
-    """`run`, `claim`, `verdict`, `insight` or `hypothesis`."""
-    ref: str
-    """Id of the record; of the claim for a verdict."""
 
 
 class Ledger:
@@ -96,36 +84,34 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         """Take over an initialised database; use `Ledger.open`."""
         self._db = database
-        self._lock = threading.Lock()
-        self._variants: dict[str, Variant] = {}
-        self._variants_read = 0
-        self._runs: list[tuple[int, str, Run]] = []
-        self._verdicts: dict[str, Verdict] = {}
-        self._verdicts_read = 0
+        self._mirror = Mirror()
 
     @classmethod
     def open(
-        cls, path: Path | str, secret_seed: int | None = None, *, read_only: bool = False
+        cls, place: Path | str, secret_seed: int | None = None, *, read_only: bool = False
     ) -> Ledger:
-        """Open a ledger, creating it when the file does not exist.
+        """Open a ledger, creating it when there is none.
 
         Args:
-            path: The SQLite file, or the notebook's folder.
+            place: The SQLite file, the notebook's folder, or a URL: `sqlite:////ABSOLUTE/PATH` or
+                `postgresql://USER@HOST/DATABASE` (the password from PGPASSWORD or ~/.pgpass).
             secret_seed: Where the seeds of a *new* ledger come from, for repeatable experiments
                 and tests; drawn from the operating system when None. An existing ledger keeps
                 its own.
             read_only: Never write, never create; works beside a process that writes.
 
         Raises:
+            UsageError: the URL is none of these.
             NotANotebook: there is none to read, or it has another schema version.
-            NotebookDamaged: the file is corrupted, or cannot be created or written.
+            NotebookDamaged: the database is corrupted, or cannot be reached, created or written.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "ledger.sqlite"
-        if read_only and not file.is_file():
-            raise NotANotebook(f"No ledger at {file}. Name the folder of an existing notebook.")
-        database = Database(file, read_only=read_only)
+        if "://" not in str(place):
+            file = Path(place)
+            place = file / "ledger.sqlite" if file.is_dir() else file
+        database = Database(place, read_only=read_only)
+        path = database.path
+        if read_only and isinstance(path, Path) and not path.is_file():
+            raise NotANotebook(f"No ledger at {path}. Name the folder of an existing notebook.")
         try:
             database.initialise(secret_seed)
         except BaseException:
@@ -134,7 +120,7 @@ class Ledger:
         return cls(database)
 
     def close(self) -> None:
-        """Close the file. Leases stay as they are."""
+        """Close all connections. Leases stay as they are."""
         self._db.close()
 
     def __enter__(self) -> Ledger:
@@ -142,18 +128,36 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file."""
+        """Close all connections."""
         self.close()
 
     @property
-    def path(self) -> Path:
-        """The SQLite file."""
+    def path(self) -> Path | str:
+        """The SQLite file, or the address of the database; for messages."""
         return self._db.path
+
+    @property
+    def address(self) -> str:
+        """What `Ledger.open` opens: a path or a URL, without a password."""
+        return self._db.backend.address
+
+    @property
+    def shared(self) -> bool:
+        """Whether other machines can open this ledger."""
+        return self._db.backend.shared
+
+    @property
+    def id(self) -> str:
+        """Names the ledger wherever it lies: hexadecimal digits, drawn when it was made."""
+        with self._db.read() as tx:
+            return stored(tx, "id")
 
     # --- societies -----------------------------------------------------------------------------
 
-    def start_society(self, seed: int, settings: Mapping[str, object]) -> SocietyRecord:
-        """Record a new society, running from now."""
+    def start_society(
+        self, seed: int, settings: Mapping[str, object], *, home: str = ""
+    ) -> SocietyRecord:
+        """Record a new society, running from now, of the notebook folder with identity `home`."""
         with self._db.write() as tx:
             number = next_number(tx, societies)
             identity = f"s{number:03d}"
@@ -165,6 +169,7 @@ class Ledger:
                     settings=json.dumps(dict(settings), sort_keys=True),
                     state=SocietyState.RUNNING.value,
                     started_at=CLOCK,
+                    home=home,
                 )
             )
         return self.society(identity)
@@ -220,11 +225,14 @@ class Ledger:
     def version(self) -> int:
         """A number that grows with every write but heartbeats: has anything changed?
 
-        That a lease has expired is the passing of time, not a write.
+        That a lease has expired is the passing of time, not a write. It also grows when the
+        connection was lost, because a crash of the database may have taken the last leases along;
+        it says nothing about the number another process sees.
         """
         with self._db.read() as tx:
             found = select(counters.c.value).where(counters.c.name == "version")
-            return int(tx.execute(found).scalar_one())
+            stored = int(tx.execute(found).scalar_one())
+        return stored + (self._db.generation << 40)
 
     # --- seeds ---------------------------------------------------------------------------------
 
@@ -258,6 +266,8 @@ class Ledger:
         request = leases.Request(
             scope, society, holder, variant, RunKind.SCREENING, ttl_s, idea=idea
         )
+        with self._db.read() as tx:
+            leases.see_screening(tx, request)
         with self._db.write(durable=False) as tx:
             return leases.lease_screening(tx, request)
 
@@ -387,7 +397,7 @@ class Ledger:
     def leases(self, scope: Scope) -> tuple[Lease, ...]:
         """Living leases, oldest first."""
         with self._db.read() as tx:
-            return leases.living(tx, scope, self._read_variants(tx))
+            return leases.living(tx, scope, self._mirror.known(tx))
 
     def ended_leases(self, scope: Scope) -> tuple[int, int]:
         """How many leases have ended, and how many of them as a run, a release or an expiry."""
@@ -407,12 +417,44 @@ class Ledger:
 
         Raises:
             LeaseLost: the token is stale, or the lease was finished or released before.
+            InvariantViolated: the run was made on another hardware tier than the lease is for.
         """
         with self._db.write() as tx:
             row = leases.held(tx, lease)
+            leases.check_tier(tx, row, environment)
             values = rows.run_values(row, measurement, environment, budget)
-            tx.execute(insert(runs).values(**values, finished_at=CLOCK))
-        return self.run(lease.run_id)
+            recorded = tx.execute(_NEW_RUN, values).mappings().one()
+        return rows.to_run(recorded, {lease.variant.fingerprint: lease.variant})
+
+    # --- the hypothesis exchange ---------------------------------------------------------------
+
+    def take_hypothesis(self, id: str, society: str, holder: str, ttl_s: float) -> Hypothesis:
+        """Take an open hypothesis to test it, before its run is leased.
+
+        It stays taken for as long as its variant is being screened, also after the deadline, and
+        is closed by whatever screening run of its variant finishes, with any outcome.
+
+        Args:
+            id: E.g. `h0007`.
+            society: Society that will run it.
+            holder: The agent.
+            ttl_s: Seconds until somebody else may take it, if no run of it has been leased.
+
+        Raises:
+            AlreadyLeased: somebody tests it, or it was tested or dropped.
+            InvariantViolated: there is no such hypothesis.
+        """
+        with self._db.write(durable=False) as tx:
+            exchange.take(tx, id, society, holder, ttl_s)
+        return self.hypothesis(id)
+
+    def return_hypothesis(self, id: str, holder: str, *, society: str | None = None) -> None:
+        """Reopen a hypothesis that its holder does not test after all.
+
+        Does nothing when it has been tested or dropped, or when somebody else has taken it.
+        """
+        with self._db.write(durable=False) as tx:
+            exchange.give_back(tx, id, holder, society)
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -425,6 +467,7 @@ class Ledger:
         *,
         key: str,
         activity: Activity | None = None,
+        room: int | None = None,
     ) -> bool:
         """Write all entries, in order, in one transaction; all of them or none.
 
@@ -435,6 +478,10 @@ class Ledger:
             entries: What to write.
             key: Idempotency key. A key that was committed before writes nothing.
             activity: A line for the agents' timeline.
+            room: How many hypotheses of the scope may be open. Those that the exchange has no room
+                for are left out, or take the place of a clearly worse one, see `society.exchange`;
+                None lets all in. One whose variant was proposed or screened before is left out
+                anyway.
 
         Returns:
             Whether anything was written; False for a known key.
@@ -446,6 +493,8 @@ class Ledger:
             number = scope_number(tx, scope, create=True)
             assert number is not None
             by = Author(number, society, agent)
+            if room is not None:
+                entries = exchange.admitted(tx, number, entries, room)
             for entry in entries:
                 write(tx, by, rows.cleaned(entry))
             if activity is not None:
@@ -453,7 +502,22 @@ class Ledger:
                 tx.execute(insert(activities).values(society=society, **values))
         return True
 
+    def keep_source(self, digest: str, content: str) -> None:
+        """Keep what runs name by its digest (the trainer's code, a profile), once."""
+        if self.source(digest) is not None:
+            return
+        with self._db.write() as tx:
+            if tx.execute(select(sources.c.digest).where(sources.c.digest == digest)).first():
+                return
+            tx.execute(insert(sources).values(digest=digest, content=content, kept_at=CLOCK))
+
     # --- reading -------------------------------------------------------------------------------
+
+    def source(self, digest: str) -> str | None:
+        """What was kept under a digest; None for runs made before sources were kept."""
+        with self._db.read() as tx:
+            found = tx.execute(select(sources.c.content).where(sources.c.digest == digest))
+            return found.scalar_one_or_none()
 
     def run(self, id: str) -> Run:
         """One finished run.
@@ -462,11 +526,10 @@ class Ledger:
             InvariantViolated: no run of this id has finished.
         """
         with self._db.read() as tx:
-            known = self._read_variants(tx)
             row = tx.execute(select(runs).where(runs.c.id == id)).mappings().first()
-        if row is None:
-            raise InvariantViolated(f"No finished run {id!r} in {self.path}.")
-        return rows.to_run(row, known)
+            if row is None:
+                raise InvariantViolated(f"No finished run {id!r} in {self.path}.")
+            return rows.to_run(row, self._mirror.known(tx))
 
     def runs(
         self,
@@ -476,21 +539,39 @@ class Ledger:
         variant: Variant | None = None,
         split: Split | None = None,
         society: str | None = None,
+        last: int | None = None,
     ) -> tuple[Run, ...]:
-        """Finished runs in order of finishing; None means any."""
+        """Finished runs in order of finishing; None means any. With `last`, the latest so many."""
+        if last == 0:
+            return ()
+        query = select(runs)
+        if scope is not None:
+            query = query.where(runs.c.scope == _scope_of(scope))
+        elif variant is not None:  # the index of variants begins with the scope
+            query = query.where(runs.c.scope.in_(select(scopes.c.number)))
+        if kinds is not None:
+            query = query.where(runs.c.kind.in_([kind.value for kind in kinds]))
+        if variant is not None:
+            query = query.where(runs.c.variant == variant.fingerprint)
+        if split is not None:
+            query = query.where(runs.c.split == split.value)
+        if society is not None:
+            query = query.where(runs.c.society == society)
+        query = query.order_by(runs.c.number if last is None else runs.c.number.desc()).limit(last)
         with self._db.read() as tx:
-            number = None if scope is None else scope_number(tx, scope, create=False)
-            log = self._read_runs(tx)
-        wanted = None if variant is None else variant.fingerprint
-        return tuple(
-            run
-            for place, fingerprint, run in log
-            if (scope is None or place == number)
-            and (kinds is None or run.kind in kinds)
-            and (wanted is None or fingerprint == wanted)
-            and (split is None or run.split is split)
-            and (society is None or run.society == society)
-        )
+            found = tuple(run for _, run in read_runs(tx, query, self._mirror.known(tx)))
+        return found if last is None else found[::-1]
+
+    def screening_score(self, scope: Scope, variant: Variant) -> float | None:
+        """Score of a variant on the screening seed; None if it has none there."""
+        found = self.runs(scope, kinds=[RunKind.SCREENING], variant=variant)
+        return found[0].score if found else None
+
+    def board(self, scope: Scope) -> Board:
+        """The screening runs of a scope, kept in memory and brought up to date by each call."""
+        with self._db.read() as tx:
+            number = scope_number(tx, scope, create=False)
+            return Board() if number is None else self._mirror.board(tx, number)
 
     def pool(
         self, scope: Scope, variant: Variant, which: SeedList = SeedList.VERIFICATION
@@ -525,6 +606,12 @@ class Ledger:
         with self._db.read() as tx:
             return {seed: score for seed, score in tx.execute(query)}
 
+    def pool_sizes(self, scope: Scope) -> Mapping[str, int]:
+        """How many verification seeds each variant has a result on, by fingerprint; no zeros."""
+        with self._db.read() as tx:
+            number = scope_number(tx, scope, create=False)
+            return {} if number is None else self._mirror.pool_sizes(tx, number)
+
     def claim(self, id: str) -> Claim:
         """One claim with its latest verdict.
 
@@ -538,44 +625,90 @@ class Ledger:
 
     def claims(self, scope: Scope | None = None, *, open_only: bool = False) -> tuple[Claim, ...]:
         """Claims in order of filing, each with its latest verdict."""
+        if scope is not None and not open_only:
+            return self.docket(scope).claims
         query = select(claims).order_by(claims.c.number)
-        if scope is not None:
-            query = query.where(claims.c.scope == _scope_of(scope))
         if open_only:
             query = query.where(~exists().where(verdicts.c.claim_id == claims.c.id))
+        if scope is not None:
+            query = query.where(claims.c.scope == _scope_of(scope))
         return self._claims(query)
+
+    def docket(self, scope: Scope) -> Docket:
+        """The claims of a scope; what is known of them is kept in memory."""
+        with self._db.read() as tx:
+            number = scope_number(tx, scope, create=False)
+            return Docket((), {}) if number is None else self._mirror.docket(tx, number)
+
+    def open_claims(self, scope: Scope) -> tuple[Claim, ...]:
+        """Claims without a verdict; does not read the others, if they have not been read."""
+        with self._db.read() as tx:
+            number = scope_number(tx, scope, create=False)
+            if number is not None and self._mirror.has_claims(number):
+                return self._mirror.docket(tx, number).open
+        return self.claims(scope, open_only=True)
+
+    def closed_claims(self, scope: Scope, *, last: int) -> tuple[Claim, ...]:
+        """The claims that had a verdict latest, in order of the verdicts."""
+        if last == 0:
+            return ()
+        later = verdicts.alias()
+        query = (
+            select(claims)
+            .join(verdicts, verdicts.c.claim_id == claims.c.id)
+            .where(
+                claims.c.scope == _scope_of(scope),
+                ~exists().where(
+                    later.c.claim_id == claims.c.id, later.c.number > verdicts.c.number
+                ),
+            )
+            .order_by(verdicts.c.number.desc())
+            .limit(last)
+        )
+        return self._claims(query)[::-1]
+
+    def decisions(self, scope: Scope) -> Mapping[Decision, int]:
+        """How many claims have which latest verdict, zeros included."""
+        with self._db.read() as tx:
+            return tally.decisions(tx, scope_number(tx, scope, create=False) or 0)
 
     def _claims(self, query: Select[Any]) -> tuple[Claim, ...]:
         with self._db.read() as tx:
-            known = self._read_variants(tx)
-            latest = self._read_verdicts(tx)
             found = tx.execute(query).mappings().all()
-        return tuple(rows.to_claim(row, known, latest.get(row["id"])) for row in found)
+            return tuple(read_claims(tx, found, self._mirror.known(tx)))
 
     def champions(self, scope: Scope) -> tuple[Champion, ...]:
         """The champion history, the baseline first."""
-        query = select(champions).where(champions.c.scope == _scope_of(scope))
         with self._db.read() as tx:
-            known = self._read_variants(tx)
-            found = tx.execute(query.order_by(champions.c.number)).mappings()
-            return tuple(rows.to_champion(row, known) for row in found)
+            number = scope_number(tx, scope, create=False)
+            return () if number is None else self._mirror.champions(tx, number)
 
     def champion(self, scope: Scope) -> Champion | None:
         """The present champion; None before the baseline was crowned."""
-        history = self.champions(scope)
-        return history[-1] if history else None
+        query = select(champions).where(champions.c.scope == _scope_of(scope))
+        with self._db.read() as tx:
+            latest = tx.execute(query.order_by(champions.c.number.desc()).limit(1))
+            row = latest.mappings().first()
+            return None if row is None else rows.to_champion(row, self._mirror.known(tx))
 
     def insights(
-        self, scope: Scope | None = None, *, society: str | None = None
+        self,
+        scope: Scope | None = None,
+        *,
+        society: str | None = None,
+        last: int | None = None,
     ) -> tuple[Insight, ...]:
-        """Insights in order of posting."""
-        query = select(insights).order_by(insights.c.number)
+        """Insights in order of posting; with `last`, the latest so many."""
+        if last == 0:
+            return ()
+        query = select(insights).order_by(insights.c.number.desc()).limit(last)
         if scope is not None:
             query = query.where(insights.c.scope == _scope_of(scope))
         if society is not None:
             query = query.where(insights.c.society == society)
         with self._db.read() as tx:
-            return tuple(rows.to_insight(row) for row in tx.execute(query).mappings())
+            found = tx.execute(query).mappings().all()
+        return tuple(rows.to_insight(row) for row in reversed(found))
 
     def hypotheses(
         self,
@@ -583,18 +716,82 @@ class Ledger:
         *,
         state: HypothesisState | None = None,
         society: str | None = None,
+        last: int | None = None,
     ) -> tuple[Hypothesis, ...]:
-        """Hypotheses in order of posting."""
-        query = select(hypotheses).order_by(hypotheses.c.number)
-        if scope is not None:
-            query = query.where(hypotheses.c.scope == _scope_of(scope))
-        if state is not None:
-            query = query.where(hypotheses.c.state == state.value)
-        if society is not None:
-            query = query.where(hypotheses.c.society == society)
+        """Hypotheses as they are now, in order of posting; with `last`, the latest so many.
+
+        A take that ran out counts as open again; an idea whose variant somebody is screening counts
+        as taken, by whoever does it. `state=OPEN` is therefore what is free to be tested.
+        """
+        query = exchange.listing(scope, state=state, society=society, last=last)
         with self._db.read() as tx:
-            known = self._read_variants(tx)
-            return tuple(rows.to_hypothesis(row, known) for row in tx.execute(query).mappings())
+            found = tx.execute(query).mappings().all()
+            known = self._mirror.known(tx).fetch(row["variant"] for row in found)
+        ordered = found if last is None else found[::-1]
+        return tuple(rows.to_hypothesis(row, known) for row in ordered)
+
+    def hypothesis(self, id: str) -> Hypothesis:
+        """One hypothesis as it is now.
+
+        Raises:
+            InvariantViolated: there is no such hypothesis.
+        """
+        with self._db.read() as tx:
+            row = tx.execute(exchange.listing(id=id)).mappings().first()
+            if row is None:
+                raise InvariantViolated(f"No hypothesis {id!r} in {self.path}.")
+            return rows.to_hypothesis(row, self._mirror.known(tx))
+
+    def insight(self, id: str) -> Insight:
+        """One insight.
+
+        Raises:
+            InvariantViolated: there is no such insight.
+        """
+        with self._db.read() as tx:
+            row = tx.execute(select(insights).where(insights.c.id == id)).mappings().first()
+        if row is None:
+            raise InvariantViolated(f"No insight {id!r} in {self.path}.")
+        return rows.to_insight(row)
+
+    def prior(self, id: str) -> Prior:
+        """One result that a user brought along.
+
+        Raises:
+            InvariantViolated: there is no such result.
+        """
+        with self._db.read() as tx:
+            row = tx.execute(select(priors).where(priors.c.id == id)).mappings().first()
+        if row is None:
+            raise InvariantViolated(f"No prior result {id!r} in {self.path}.")
+        return rows.to_prior(row)
+
+    def refusals(
+        self, scope: Scope | None = None, *, society: str | None = None
+    ) -> tuple[Refusal, ...]:
+        """Proposals that were not run, in order of refusal."""
+        query = select(refusals).order_by(refusals.c.number)
+        if scope is not None:
+            query = query.where(refusals.c.scope == _scope_of(scope))
+        if society is not None:
+            query = query.where(refusals.c.society == society)
+        with self._db.read() as tx:
+            found = tx.execute(query).mappings().all()
+            known = self._mirror.known(tx).fetch(row["variant"] for row in found)
+        return tuple(rows.to_refusal(row, known) for row in found)
+
+    def savings(self, scope: Scope) -> Savings:
+        """What was not run because of what is known; counted, so that a status page can show it."""
+        with self._db.read() as tx:
+            return tally.savings(tx, scope_number(tx, scope, create=False) or 0)
+
+    def priors(self, scope: Scope | None = None) -> tuple[Prior, ...]:
+        """Results that users brought along, in order of import."""
+        query = select(priors).order_by(priors.c.number)
+        if scope is not None:
+            query = query.where(priors.c.scope == _scope_of(scope))
+        with self._db.read() as tx:
+            return tuple(rows.to_prior(row) for row in tx.execute(query).mappings())
 
     def noise(self, scope: Scope) -> Noise | None:
         """The latest noise floor; None before one was measured."""
@@ -645,6 +842,15 @@ class Ledger:
                 return one
         raise InvariantViolated(f"No study {id!r} in {self.path}.")
 
+    def last_begun(self, society: str, role: str, duty: str) -> float | None:
+        """When the latest such duty of a society was begun, Unix seconds; None for never."""
+        query = select(func.max(activities.c.started_at)).where(
+            activities.c.society == society, activities.c.role == role, activities.c.duty == duty
+        )
+        with self._db.read() as tx:
+            begun = tx.execute(query).scalar()
+        return None if begun is None else float(begun)
+
     def activities(
         self, society: str | None = None, *, limit: int | None = None
     ) -> tuple[Activity, ...]:
@@ -656,6 +862,29 @@ class Ledger:
             found = tx.execute(query).mappings().all()
         return tuple(rows.to_activity(row) for row in reversed(found))
 
+    def whereabouts(self, id: str) -> links.Whereabouts | None:
+        """What kind of record an id names, and its task and tier; None if it names nothing."""
+        with self._db.read() as tx:
+            return links.whereabouts(tx, id)
+
+    def latest_ids(self) -> Mapping[str, str]:
+        """The latest id of each kind of record that there is."""
+        with self._db.read() as tx:
+            return links.latest(tx)
+
+    def links(
+        self, id: str, where: links.Whereabouts, variant: Variant | None = None
+    ) -> links.Links:
+        """What is linked to a record, found by its id and by the variant it is about."""
+        with self._db.read() as tx:
+            mark = None if variant is None else variant.fingerprint
+            return links.about(tx, id, where, mark, self._mirror.known(tx))
+
+    def held(self, society: str) -> Mapping[str, int]:
+        """How many records of each kind a society has made."""
+        with self._db.read() as tx:
+            return links.held(tx, society)
+
     def scopes(self) -> tuple[Scope, ...]:
         """All scopes that were worked in, oldest first."""
         query = select(scopes.c.task, scopes.c.tier).order_by(scopes.c.number)
@@ -664,22 +893,13 @@ class Ledger:
 
     def counts(self, scope: Scope) -> Counts:
         """How much there is, for a status page."""
-        closed = {claim.id: claim.verdict for claim in self.claims(scope)}
-        decisions = [verdict.decision for verdict in closed.values() if verdict is not None]
-        finished = self.runs(scope)
-        states = [hypothesis.state for hypothesis in self.hypotheses(scope)]
-        return Counts(
-            runs=_tally(RunKind, (run.kind for run in finished)),
-            outcomes=_tally(Outcome, (run.outcome for run in finished)),
-            claims_open=len(closed) - len(decisions),
-            verdicts=_tally(Decision, decisions),
-            champions=len(self.champions(scope)),
-            insights=len(self.insights(scope)),
-            hypotheses=_tally(HypothesisState, states),
-            leases=len(self.leases(scope)),
-            wall_s=sum(run.cost.wall_s for run in finished),
-            flops=sum(run.cost.flops for run in finished),
-        )
+        with self._db.read() as tx:
+            return tally.counts(tx, scope, scope_number(tx, scope, create=False) or 0)
+
+    def spent(self, society: str) -> Spent:
+        """What a society has made of its budget; leases of other societies are not counted."""
+        with self._db.read() as tx:
+            return tally.spent(tx, society)
 
     # --- what the semantic index reads ---------------------------------------------------------
 
@@ -689,6 +909,16 @@ class Ledger:
         with self._db.read() as tx:
             return tuple(Posted(seq, kind, ref) for seq, kind, ref in tx.execute(query))
 
+    def posted_last(self) -> int:
+        """Sequence number of the outbox's last line; 0 while it is empty."""
+        with self._db.read() as tx:
+            return int(tx.execute(select(func.max(outbox.c.seq))).scalar() or 0)
+
+    def told(self, posted: Sequence[Posted]) -> feed.Records:
+        """What lines of the outbox are about, as it is now; a query per kind of record."""
+        with self._db.read() as tx:
+            return feed.read(tx, posted)
+
     def cursor(self, name: str) -> int:
         """How far a reader of the outbox has come; 0 for a new one."""
         with self._db.read() as tx:
@@ -696,49 +926,19 @@ class Ledger:
         return int(value or 0)
 
     def set_cursor(self, name: str, seq: int) -> None:
-        """Remember how far a reader of the outbox has come."""
+        """Remember how far a reader of the outbox has come; a cursor never moves backwards."""
         with self._db.write(visible=False, durable=False) as tx:
-            tx.exec_driver_sql(
-                "INSERT INTO counters (name, value) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                (name, seq),
+            tx.execute(
+                text(
+                    "INSERT INTO counters (name, value) VALUES (:name, :seq)"
+                    " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+                    " WHERE excluded.value > counters.value"
+                ),
+                {"name": name, "seq": seq},
             )
 
-    # --- what is read once and kept: rows that never change -------------------------------------
 
-    def _read_variants(self, tx: Connection) -> rows.Variants:
-        rowid: Any = literal_column("variants.rowid")
-        query = select(rowid.label("place"), variants).where(rowid > self._variants_read)
-        with self._lock:
-            for row in tx.execute(query.order_by(rowid)).mappings():
-                self._variants[row["fingerprint"]] = rows.to_variant(row)
-                self._variants_read = row["place"]
-        return self._variants
-
-    def _read_runs(self, tx: Connection) -> list[tuple[int, str, Run]]:
-        known = self._read_variants(tx)
-        with self._lock:
-            last = self._runs[-1][-1].number if self._runs else 0
-            new = tx.execute(select(runs).where(runs.c.number > last).order_by(runs.c.number))
-            self._runs.extend(
-                (row["scope"], row["variant"], rows.to_run(row, known)) for row in new.mappings()
-            )
-            return list(self._runs)
-
-    def _read_verdicts(self, tx: Connection) -> dict[str, Verdict]:
-        """Latest verdict by claim."""
-        new = select(verdicts).where(verdicts.c.number > self._verdicts_read)
-        with self._lock:
-            for row in tx.execute(new.order_by(verdicts.c.number)).mappings().all():
-                cited = (
-                    select(verdict_runs.c.run_id)
-                    .where(verdict_runs.c.verdict == row["number"])
-                    .order_by(verdict_runs.c.place)
-                )
-                verdict = rows.to_verdict(row, tuple(tx.execute(cited).scalars()))
-                self._verdicts[verdict.claim_id] = verdict
-                self._verdicts_read = row["number"]
-            return dict(self._verdicts)
+_NEW_RUN = insert(runs).values(finished_at=CLOCK).returning(*runs.c)
 
 
 def _scope_of(scope: Scope) -> Any:
@@ -747,9 +947,3 @@ def _scope_of(scope: Scope) -> Any:
         .where(scopes.c.task == scope.task, scopes.c.tier == scope.tier)
         .scalar_subquery()
     )
-
-
-def _tally(known: type[_Enum], seen: Iterable[_Enum]) -> Mapping[_Enum, int]:
-    """How often each member of an enumeration was seen, zeros included."""
-    found = Counter(seen)
-    return {member: found[member] for member in known}

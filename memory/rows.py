@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from sys import intern
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +30,9 @@ from society.records import (
     Measurement,
     Noise,
     Outcome,
+    Prior,
+    Refusal,
+    RefusalReason,
     Run,
     RunKind,
     Scope,
@@ -50,8 +54,8 @@ Variants = Mapping[str, Variant]
 
 
 def clean_text(text: str) -> str:
-    """Text that UTF-8 can hold: half of a surrogate pair becomes `?`."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Text that every database can hold: half of a surrogate pair, and NUL, become `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
 
 
 def cleaned(record: _Record) -> _Record:
@@ -78,13 +82,18 @@ def variant_values(variant: Variant) -> dict[str, Any]:
 
 def to_variant(row: RowMapping) -> Variant:
     """A variant from its row."""
-    overrides = MappingProxyType(json.loads(row["overrides"]))
-    return Variant(row["task"], overrides, row["patch"])
+    overrides = {intern(name): value for name, value in json.loads(row["overrides"]).items()}
+    return Variant(intern(row["task"]), MappingProxyType(overrides), row["patch"])
 
 
 @lru_cache(maxsize=256)
 def _environment(text: str) -> Environment:
     return Environment(**json.loads(text))
+
+
+@lru_cache(maxsize=256)
+def _budget(kind: str, amount: float) -> Budget:
+    return Budget(BudgetKind(kind), amount)
 
 
 def environment_text(environment: Environment) -> str:
@@ -125,18 +134,18 @@ def to_run(row: RowMapping, variants: Variants) -> Run:
     """A run from its row."""
     return Run(
         id=row["id"],
-        society=row["society"],
-        agent=row["agent"],
+        society=intern(row["society"]),
+        agent=intern(row["agent"]),
         kind=RunKind(row["kind"]),
         variant=variants[row["variant"]],
         seed=row["seed"],
         split=Split(row["split"]),
-        budget=Budget(BudgetKind(row["budget_kind"]), row["budget_amount"]),
+        budget=_budget(row["budget_kind"], row["budget_amount"]),
         outcome=Outcome(row["outcome"]),
         score=row["score"],
         cost=Cost(**json.loads(row["cost"])),
         environment=_environment(row["environment"]),
-        data_hash=row["data_hash"],
+        data_hash=intern(row["data_hash"]),
         log_tail=row["log_tail"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],
@@ -164,6 +173,7 @@ def to_lease(row: RowMapping, variant: Variant) -> Lease:
         claim_id=row["claim_id"],
         data_seed=row["data_seed"],
         repeat=row["repeat"],
+        society=row["society"],
     )
 
 
@@ -237,7 +247,30 @@ def to_hypothesis(row: RowMapping, variants: Variants) -> Hypothesis:
         state=HypothesisState(row["state"]),
         run_id=row["run_id"],
         posted_at=row["posted_at"],
+        cost=row["cost"],
+        taken_by=row["taken_by"],
+        taken_until=row["taken_until"],
+        dropped_because=row["dropped_because"],
     )
+
+
+def to_refusal(row: RowMapping, variants: Variants) -> Refusal:
+    """A refusal from its row."""
+    return Refusal(
+        society=row["society"],
+        agent=row["agent"],
+        variant=variants[row["variant"]],
+        reason=RefusalReason(row["reason"]),
+        run_id=row["run_id"],
+        note=row["note"],
+        refused_at=row["refused_at"],
+    )
+
+
+def to_prior(row: RowMapping) -> Prior:
+    """A prior result from its row."""
+    names = [field.name for field in dataclasses.fields(Prior)]
+    return Prior(**{name: row[name] for name in names})
 
 
 def to_noise(row: RowMapping) -> Noise:
@@ -291,4 +324,5 @@ def to_society(row: RowMapping) -> SocietyRecord:
         ended_at=row["ended_at"],
         busy=row["busy"],
         wall_s=row["wall_s"],
+        home=row["home"],
     )

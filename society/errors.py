@@ -7,6 +7,7 @@ SocietyError                 anything the user can act on; the command prints it
 │   └── NotANotebook         a folder without a readable notebook
 ├── NotebookInUse            exit code 1: another process owns the folder
 ├── NotebookDamaged          exit code 1: a file of the notebook cannot be read or written
+│   └── LedgerUnreachable    the server of a shared ledger does not answer, or not to this user
 ├── RecallUnavailable        the semantic index is down; the society goes on without it
 ├── LeaseError               the lease is not yours (any more)
 │   ├── AlreadyLeased        somebody else holds it
@@ -70,6 +71,10 @@ class NotebookInUse(SocietyError):
 
 class NotebookDamaged(SocietyError):
     """A file of the notebook cannot be read or written."""
+
+
+class LedgerUnreachable(NotebookDamaged):
+    """The server of a shared ledger does not answer, or not to this user; nothing is lost."""
 
 
 class RecallUnavailable(SocietyError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -110,8 +110,14 @@ class Scope:
 EMPTY: Mapping[str, Scalar] = MappingProxyType({})
 
 
+class _Fingerprinted:
+    """Room for a fingerprint once it was computed; no field, so nobody prints or compares it."""
+
+    __slots__ = ("_fingerprint",)
+
+
 @dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(_Fingerprinted):
     """A change to a task's baseline, in canonical form (only non-default knobs, sorted by name).
 
     Build one with `society.experiments.variant(task, overrides)`, which validates and
@@ -128,12 +134,16 @@ class Variant:
     @property
     def fingerprint(self) -> str:
         """The sha256 of the canonical form, 64 hex digits."""
-        form = {
-            "task": self.task,
-            "overrides": dict(sorted(self.overrides.items())),
-            "patch": self.patch,
-        }
-        return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
+        known: str | None = getattr(self, "_fingerprint", None)
+        if known is None:
+            form = {
+                "task": self.task,
+                "overrides": dict(sorted(self.overrides.items())),
+                "patch": self.patch,
+            }
+            known = hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
+            object.__setattr__(self, "_fingerprint", known)
+        return known
 
     @property
     def is_baseline(self) -> bool:
@@ -166,6 +176,20 @@ class Environment:
     """What else the bits depend on: maker, matrix instructions, variables that limit them."""
     code: str = ""
     """sha256 of the source that trains and scores, 12 hex digits."""
+    config: str = ""
+    """sha256 of the effective profile, 12 hex digits; empty in runs made before it was recorded."""
+    mem_bytes: int = 0
+    """Memory of the accelerator; 0 on a CPU, and in runs made before it was recorded."""
+
+    def differs(self, other: Environment) -> tuple[str, ...]:
+        """Names of the fields in which two environments differ; what is not known does not count.
+
+        Bits may be compared where there are none.
+        """
+        odd = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        if not (self.config and other.config):
+            odd = [name for name in odd if name != "config"]
+        return tuple(name for name in odd if name != "mem_bytes")  # a driver may keep some of it
 
     @property
     def tier(self) -> str:
@@ -258,6 +282,8 @@ class Lease:
     """Seed of the data order where it is not `seed` (study)."""
     repeat: int = 0
     """Which repetition of the same seeds it is, from 0 (study)."""
+    society: str = ""
+    """Whose it is: the society that the run is charged to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,7 +463,11 @@ class HypothesisState(StrEnum):
 
     OPEN = "open"
     TAKEN = "taken"
+    """Somebody tests it, until a deadline; after that it counts as open again."""
     TESTED = "tested"
+    """A screening run of its variant has finished, whoever made it."""
+    DROPPED = "dropped"
+    """Closed without a test, for a recorded reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,6 +485,83 @@ class Hypothesis:
     state: HypothesisState = HypothesisState.OPEN
     run_id: str | None = None
     posted_at: float = 0.0
+    cost: float = 1.0
+    """Expected cost of a test, in ordinary runs."""
+    taken_by: str | None = None
+    """Who tests it, or has tested it."""
+    taken_until: float | None = None
+    dropped_because: str | None = None
+
+    @property
+    def worth(self) -> float:
+        """Expected value per cost: what hypotheses are ranked by."""
+        return self.priority / self.cost
+
+
+class RefusalReason(StrEnum):
+    """Why a proposal was not run."""
+
+    DUPLICATE = "duplicate"
+    """The same fingerprint was run, or is being run."""
+    NEAR_DUPLICATE = "near_duplicate"
+    """A run with the same knobs, each within its tolerance, exists."""
+    DEAD_END = "dead_end"
+    """What lies around it has failed before, and no reason was given to try again."""
+    SAME_IDEA = "same_idea"
+    """A hypothesis that says the same is on record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A proposal that was not run: compute that the notebook saved."""
+
+    society: str
+    agent: str
+    variant: Variant
+    reason: RefusalReason
+    run_id: str | None
+    """The run on record that speaks against it."""
+    note: str
+    refused_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Proposals that were not run because of what the notebook knows, and what that saved."""
+
+    refused: Mapping[RefusalReason, int]
+    """Refusals, zeros included."""
+    runs: int
+    """Different variants among those of a proposal that nobody has run after all."""
+    run_s: float
+    """Mean wall time of a screening run, in seconds; 0 before the first."""
+
+    @property
+    def proposals(self) -> int:
+        """Refused proposals of experiments; refused hypotheses are not among them."""
+        return sum(self.refused.values()) - self.refused.get(RefusalReason.SAME_IDEA, 0)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time those runs would have taken."""
+        return self.runs * self.run_s
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """A result that a user brought along from elsewhere. Evidence for nothing here."""
+
+    id: str
+    society: str
+    source: str
+    """Where it comes from, e.g. the file's name."""
+    label: str
+    """What the source calls it, e.g. a commit."""
+    score: float | None
+    status: str
+    """As the source says: `keep`, `discard`, `crash`, ..."""
+    description: str
+    imported_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,21 +624,37 @@ class NewHypothesis:
     variant: Variant
     priority: float
     """Expected improvement in units of the noise floor."""
+    cost: float = 1.0
+    """Expected cost of a test, in ordinary runs; positive."""
 
 
 @dataclass(frozen=True, slots=True)
-class HypothesisTaken:
-    """Entry: an agent will test an open hypothesis."""
+class HypothesisDropped:
+    """Entry: closes a hypothesis that nobody will test."""
 
     hypothesis_id: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class HypothesisTested:
-    """Entry: a run has tested a hypothesis."""
+class NewRefusal:
+    """Entry: a proposal was not run because of what the notebook knows."""
 
-    hypothesis_id: str
-    run_id: str
+    variant: Variant
+    reason: RefusalReason
+    run_id: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewPrior:
+    """Entry: a result from elsewhere."""
+
+    source: str
+    label: str
+    score: float | None
+    status: str
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -561,8 +684,9 @@ Entry = (
     | Crown
     | NewInsight
     | NewHypothesis
-    | HypothesisTaken
-    | HypothesisTested
+    | HypothesisDropped
+    | NewRefusal
+    | NewPrior
     | Noise
     | NewStudy
     | StudyResult
@@ -615,6 +739,8 @@ class SocietyRecord:
     """Share of slot time spent on runs, 0..1, measured by the society itself."""
     wall_s: float = 0.0
     """Seconds it has worked, over all its resumes."""
+    home: str = ""
+    """Identity of the notebook folder that runs it; empty where the ledger lies in the folder."""
 
     @property
     def is_study(self) -> bool:
