@@ -2,7 +2,7 @@
 
 Two societies of one pair have the same task, seed, agents and number of runs. In one of them every
 agent knows all screening results and can search the notebook; in the other an agent knows its own
-runs and the champion only (`Settings.recall`). Each hands over the recipe that looked best in
+runs and the champion only (`Settings.knowledge`). Each hands over the recipe that looked best in
 screening; whoever compares them scores both on seeds that neither has seen.
 
 The societies use all slots, one society after the other. With more than one slot the order in which
@@ -90,7 +90,7 @@ def compare(
             break
         for one in missing:
             began = time.monotonic()
-            progress(f"society {seed} of {seeds}, recall {one.recall}: {one.runs} runs")
+            progress(f"society {seed} of {seeds}, knowledge {one.knowledge}: {one.runs} runs")
             _run(_place(folder, one), one)
             spent = time.monotonic() - began
         shared, own = (_handover(_place(folder, one), one) for one in wanted)
@@ -104,13 +104,14 @@ def found_pairs(folder: NotebookFolder, settings: Settings, seeds: int) -> tuple
 
 
 def _settings(common: Settings, arm: Arm, seed: int) -> Settings:
-    return common.model_copy(update={"recall": arm, "seed": seed})
+    return common.model_copy(update={"knowledge": arm, "seed": seed})
 
 
 def _place(folder: NotebookFolder, settings: Settings) -> NotebookFolder:
     name = f"{Path(settings.task).name}-{Path(str(settings.profile)).stem}-{settings.runs}runs"
     name = name.replace(":", "-")
-    return NotebookFolder(folder.path / "societies" / name / f"{settings.seed}-{settings.recall}")
+    place = folder.path / "societies" / name / f"{settings.seed}-{settings.knowledge}"
+    return NotebookFolder(place)
 
 
 def _ended(folder: NotebookFolder) -> bool:
@@ -139,7 +140,7 @@ def _handover(folder: NotebookFolder, settings: Settings) -> Handover:
     screened = [run for run in runs if run.kind is RunKind.SCREENING and run.score is not None]
     best = max(screened, key=lambda run: _merit(task, run.score), default=None)
     return Handover(
-        settings.recall,
+        settings.knowledge,
         settings.seed or 0,
         best.variant if best else Variant(task.key),
         best.score if best else None,

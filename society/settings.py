@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from society.errors import UnknownName, UsageError
 
@@ -50,9 +51,30 @@ class Settings(BaseModel):
     """Where training runs."""
     patience: Annotated[int, Field(ge=0)] = 2
     """Screening runs that the best proposal must stand unbeaten before a claim is filed."""
-    recall: Literal["shared", "own"] = "shared"
+    knowledge: Literal["shared", "own"] = "shared"
     """What agents know when they propose: all screening results, or only those of their own runs
     and the champion's. With `own`, searching the notebook by meaning and hypotheses are off too."""
+    recall: str = "embedded"
+    """Where the semantic index lives: `embedded` in the notebook's folder, on a Chroma server at
+    `http://host:port`, or `off`."""
+
+    @field_validator("recall")
+    @classmethod
+    def _check_recall(cls, value: str) -> str:
+        if value in ("embedded", "off"):
+            return value
+        address = urlsplit(value)
+        rest = address.path.strip("/") or address.query or address.fragment
+        try:
+            known = address.scheme in ("http", "https") and address.hostname and not rest
+            if known and "@" not in address.netloc and address.port != 0:
+                return value.rstrip("/")
+        except ValueError:  # the port is no number
+            pass
+        raise ValueError(
+            f"{value!r} is no place for the semantic index; choose embedded, off or the address "
+            "of a Chroma server, e.g. http://127.0.0.1:8000"
+        )
 
     @model_validator(mode="after")
     def _check_roles(self) -> Settings:

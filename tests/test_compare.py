@@ -25,12 +25,12 @@ COMMON = Settings(task="synthetic", profile="quick", agents=4, runs=30, slots=1)
 class Seated:
     """A laboratory of two agents on a ledger of its own, without any society at work."""
 
-    def __init__(self, path, recall):
+    def __init__(self, path, knowledge):
         self.task = Synthetic("quick")
         self.executor = InlineExecutor(self.task)
         asyncio.run(self.executor.start())
-        self.ledger = Ledger.open(path / f"{recall}.sqlite", secret_seed=1)
-        settings = COMMON.model_copy(update={"recall": recall, "agents": 2})
+        self.ledger = Ledger.open(path / f"{knowledge}.sqlite", secret_seed=1)
+        settings = COMMON.model_copy(update={"knowledge": knowledge, "agents": 2})
         record = self.ledger.start_society(1, settings.model_dump(mode="json"))
         self.scope = Scope(self.task.key, self.executor.environment.tier)
         self.society = record.id
@@ -90,11 +90,11 @@ def test_an_agent_on_its_own_knows_its_runs_and_the_champion(tmp_path):
     lab.ledger.close()
 
 
-def test_recall_is_shared_or_own():
-    assert Settings().recall == "shared"
-    assert validate({"recall": "own"}, source="x").recall == "own"
-    with pytest.raises(UsageError, match="recall"):
-        validate({"recall": "none"}, source="x")
+def test_knowledge_is_shared_or_own():
+    assert Settings().knowledge == "shared"
+    assert validate({"knowledge": "own"}, source="x").knowledge == "own"
+    with pytest.raises(UsageError, match="knowledge"):
+        validate({"knowledge": "none"}, source="x")
 
 
 def test_a_pair_is_run_once_and_handed_over(tmp_path):
@@ -102,8 +102,8 @@ def test_a_pair_is_run_once_and_handed_over(tmp_path):
     assert found_pairs(folder, COMMON, 1) == ()
     [pair] = compare(folder, COMMON, 1, progress=told.append)
     assert [line.split(":")[0] for line in told] == [
-        "society 1 of 1, recall shared",
-        "society 1 of 1, recall own",
+        "society 1 of 1, knowledge shared",
+        "society 1 of 1, knowledge own",
     ]
     for hand in (pair.shared, pair.own):
         assert hand.seed == 1
@@ -117,7 +117,7 @@ def test_a_pair_is_run_once_and_handed_over(tmp_path):
             [record] = ledger.societies()
             screened = ledger.runs(kinds=[RunKind.SCREENING])
         assert record.state is SocietyState.FINISHED
-        assert record.settings["recall"] == hand.arm
+        assert record.settings["knowledge"] == hand.arm
         best = min(run.score for run in screened if run.score is not None)
         assert hand.score == best
     began = time.monotonic()

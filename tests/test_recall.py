@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from society.errors import RecallUnavailable
+from society.errors import RecallUnavailable, UnknownName
 from society.memory import embed
 from society.memory.embed import embedder, words
+from society.memory.frames import Memory
 from society.memory.ledger import Ledger
-from society.memory.prose import Prose, changes
-from society.memory.recall import Recall
+from society.memory.prose import KINDS, OUTCOMES, Filter, Prose, changes
+from society.memory.recall import EMBEDDED, Recall
 from society.records import (
     Budget,
     BudgetKind,
@@ -21,11 +22,13 @@ from society.records import (
     Decision,
     Effect,
     Environment,
-    HypothesisTested,
+    HypothesisDropped,
     Measurement,
     NewClaim,
     NewHypothesis,
     NewInsight,
+    NewPrior,
+    Noise,
     Outcome,
     RunKind,
     Scope,
@@ -116,6 +119,14 @@ def story(tmp_path):
     story.ledger.close()
 
 
+@pytest.fixture(params=["embedded", "server"])
+def at(request):
+    """Where the index of a test lies; both modes keep the same promises."""
+    if request.param == "server":
+        return request.getfixturevalue("chroma_server").url
+    return EMBEDDED
+
+
 QUERIES = {
     "what do we know about warm-down?": "warm_down",
     "does a deeper network help?": "depth=6",
@@ -136,22 +147,22 @@ QUERIES = {
 }
 
 
-def test_the_right_record_is_among_the_first_three(story, tmp_path):
-    with Recall.open(tmp_path) as recall:
+def test_the_right_record_is_among_the_first_three(story, tmp_path, at):
+    with Recall.open(tmp_path, story.ledger, at=at) as recall:
         recall.sync(story.ledger)
         found = {query: [hit.text for hit in recall.search(query, k=3)] for query in QUERIES}
     missed = {q: found[q] for q, part in QUERIES.items() if not any(part in t for t in found[q])}
     assert not missed
 
 
-def test_hits_and_kinds(story, tmp_path):
-    with Recall.open(tmp_path) as recall:
+def test_hits_and_kinds(story, tmp_path, at):
+    with Recall.open(tmp_path, story.ledger, at=at) as recall:
         assert recall.search("anything") == ()
         assert recall.sync(story.ledger) == story.ledger.posted(0, 1000)[-1].seq
         assert recall.sync(story.ledger) == 0
-        hits = recall.search("warm down", k=2, kinds=["claim", "verdict"])
+        hits = recall.search("warm down", k=2, where=Filter(kinds=["claim", "verdict"]))
         assert {hit.id for hit in hits} == {"claim:c0001", "verdict:c0001"}
-        assert hits[0].metadata["ref"] == "c0001"
+        assert hits[0].ref == "c0001"
         assert 1 >= hits[0].similarity >= hits[1].similarity > 0.1
         assert len(recall.search("warm down", k=500)) == len(recall)
 
@@ -191,20 +202,153 @@ def test_results_of_open_claims_and_seeds_are_never_indexed(story, tmp_path):
         assert run.id not in texts
 
 
-def test_a_tested_hypothesis_replaces_its_passage(story, tmp_path):
-    with Recall.open(tmp_path) as recall:
+def test_a_tested_hypothesis_replaces_its_passage(story, tmp_path, at):
+    with Recall.open(tmp_path, story.ledger, at=at) as recall:
         recall.sync(story.ledger)
         before = len(recall)
         run = story.screen(variant(muon_momentum=0.97), 1.84)
-        story.commit(HypothesisTested("h0002", run.id))
         recall.sync(story.ledger)
         assert len(recall) == before + 1
-        (hit,) = recall.search("momentum of Muon", k=1, kinds=["hypothesis"])
-        assert f"Tested by run {run.id}" in hit.text
+        (hit,) = recall.search("momentum of Muon", k=1, where=Filter(kinds=["hypothesis"]))
+        assert hit.passage.outcome == "tested"
+        assert (
+            f"Tested by ada in run {run.id}: screening improved the score by 0.00500, 1.84000 "
+            "against 1.84500 of the champion."
+        ) in hit.text
 
 
-def test_a_crash_between_index_and_cursor_repeats_nothing(story, tmp_path, monkeypatch):
+def test_a_dropped_hypothesis_says_why(story, tmp_path):
+    story.commit(HypothesisDropped("h0001", "the champion moved on"))
+    passages = {passage.id: passage for passage in Prose(story.ledger).all()}
+    assert passages["hypothesis:h0001"].outcome == "dropped"
+    assert "Dropped without a test: the champion moved on." in passages["hypothesis:h0001"].text
+    assert passages["hypothesis:h0002"].outcome == "open"
+
+
+def test_a_result_from_elsewhere_says_so(story):
+    story.commit(NewPrior("results.tsv", "a1b2c3d", 0.9979, "keep", "set matrix_lr=0.04"))
+    (told,) = [one for one in Prose(story.ledger).all() if one.kind == "prior"]
+    assert told.text == (
+        "Elsewhere, not verified here (results.tsv, a1b2c3d): set matrix_lr=0.04 "
+        "[keep, score 0.99790]"
+    )
+    assert told.knobs == {"matrix_lr"}
+    assert (told.agent, told.outcome) == ("", "")
+
+
+def test_outcomes_and_knobs_are_seen_from_the_champion_of_then(story):
+    """A noise floor that is measured later changes nothing that was said before."""
+    before = {one.id: one for one in Prose(story.ledger).all()}
+    outcome = {one.text.split(" (")[0].split(":")[0]: one.outcome for one in before.values()}
+    assert outcome["Tried baseline"] == "completed"
+    assert outcome["Tried warm_down=0.4"] == "better"
+    assert outcome["Tried depth=6"] == "worse"
+    assert outcome["Tried matrix_lr=0.4"] == "diverged"
+    assert outcome["Tried z_loss=0.001"] == "within_noise"
+    assert before["verdict:c0001"].outcome == "accepted"
+    story.commit(Noise("toy/cpu", "cpu-A", 0.01, 0.008, 0.012, 8))
+    accepted = story.ledger.claims()[0]
+    story.commit(Crown(accepted.variant, accepted.id, "r00002"))
+    run = story.screen(variant(warm_down=0.4, depth=5), 1.843)
+    after = {one.id: one for one in Prose(story.ledger).all()}
+    assert {id: after[id] for id in before} == before
+    assert after[f"run:{run.id}"].outcome == "within_noise"
+    assert after[f"run:{run.id}"].knobs == {"depth"}
+    assert after["claim:c0001"].knobs == {"warm_down"}
+
+
+FILTERS = [
+    Filter(),
+    *(Filter(kinds=[kind]) for kind in KINDS),
+    *(Filter(outcome=outcome) for outcome in OUTCOMES),
+    Filter(kinds=["run", "verdict"], outcome="rejected"),
+    Filter(knob="warm_down"),
+    Filter(knob="warm_down", kinds=["run"]),
+    Filter(knob="warm_down", outcome="accepted"),
+    Filter(knob="warm_down", outcome="worse"),
+    Filter(knob="no_such_knob"),
+    Filter(agent="cyd"),
+    Filter(agent="ada", outcome="completed", knob="depth"),
+]
+
+
+def test_filters_mean_the_same_with_and_without_an_index(story, tmp_path, at, monkeypatch):
+    """Also where Chroma applies them, which happens when few of the nearest passages pass."""
+    story.commit(NewPrior("results.tsv", "a1b2c3d", None, "crash", "set depth=40"))
+    times = sorted(one.at for one in Prose(story.ledger).all())
+    middle = times[len(times) // 2]
+    ranges = [Filter(since=middle), Filter(until=middle), Filter(since=times[3], until=middle)]
+    with (
+        Recall.open(tmp_path, story.ledger, at=at) as recall,
+        Memory(tmp_path) as memory,
+    ):
+        recall.sync(story.ledger)
+        for where in [*FILTERS, *ranges]:
+            scanned = memory.search("warm down", 1000, where=where)
+            expected = {
+                (one.kind, one.ref) for one in Prose(story.ledger).all() if where.accepts(one)
+            }
+            assert set(zip(scanned["kind"], scanned["ref"], strict=True)) == expected, where
+            for nearest in ((64, 300), (1,), ()):
+                monkeypatch.setattr("society.memory.recall.NEAREST", nearest)
+                hits = recall.search("warm down", 1000, where)
+                assert {(hit.kind, hit.ref) for hit in hits} == expected, (where, nearest)
+                first = recall.search("warm down", 2, where)
+                assert [hit.id for hit in first] == [hit.id for hit in hits[:2]]
+
+
+def test_unknown_kinds_and_outcomes_are_named(story, tmp_path):
+    with Recall.open(tmp_path) as recall, Memory(tmp_path) as memory:
+        for search in (recall.search, memory.search):
+            with pytest.raises(UnknownName, match=r"nonsense.*hypothesis"):
+                search("x", 1, where=Filter(kinds=["nonsense"]))
+            with pytest.raises(UnknownName, match=r"good.*within_noise"):
+                search("x", 1, where=Filter(outcome="good"))
+
+
+def test_what_is_indexed_comes_back_whole(story, tmp_path, at):
+    story.commit(NewPrior("results.tsv", "a1b2c3d", None, "crash", "set depth=40"))
+    with Recall.open(tmp_path, story.ledger, at=at) as recall:
+        assert recall.behind(story.ledger) == story.ledger.posted_last() > 20
+        recall.sync(story.ledger)
+        assert recall.behind(story.ledger) == 0
+        assert recall.passages() == {one.id: one for one in Prose(story.ledger).all()}
+
+
+def test_off_is_off(tmp_path):
+    with pytest.raises(RecallUnavailable, match="--recall embedded"):
+        Recall.open(tmp_path, at="off")
+
+
+def test_a_folder_with_the_index_of_another_ledger_is_filled_anew(story, tmp_path):
     with Recall.open(tmp_path) as recall:
+        recall.sync(story.ledger)
+    other = Story(_folder(tmp_path / "other"))
+    run = other.screen(BASELINE, 1.9)
+    with Recall.open(tmp_path) as recall:
+        recall.sync(other.ledger)
+        assert set(recall.passages()) == {f"run:{run.id}"}
+    other.ledger.close()
+
+
+def _folder(path):
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_cursor_never_moves_backwards(tmp_path, kind, request):
+    url = request.getfixturevalue("postgres_url") if kind == "postgres" else None
+    with Ledger.open(url or tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.cursor("recall:x") == 0
+        for seq in (7, 3, 9, 9):
+            ledger.set_cursor("recall:x", seq)
+        assert ledger.cursor("recall:x") == 9
+        assert ledger.cursor("recall:y") == 0
+
+
+def test_a_crash_between_index_and_cursor_repeats_nothing(story, tmp_path, at, monkeypatch):
+    with Recall.open(tmp_path, story.ledger, at=at) as recall:
         with monkeypatch.context() as patch:
             patch.setattr(Ledger, "set_cursor", _die)
             with pytest.raises(KeyboardInterrupt):
@@ -290,11 +434,11 @@ def test_damaged_vectors_are_noticed_on_opening(story, tmp_path):
         assert len(recall) == size
 
 
-def test_a_rebuilt_index_answers_the_same(story, tmp_path):
-    with Recall.open(tmp_path) as recall:
+def test_a_rebuilt_index_answers_the_same(story, tmp_path, at):
+    with Recall.open(tmp_path, story.ledger, at=at) as recall:
         recall.sync(story.ledger)
         before = recall.search("warm down")
-    with Recall.rebuild(tmp_path, story.ledger) as recall:
+    with Recall.rebuild(tmp_path, story.ledger, at=at) as recall:
         assert [hit.id for hit in recall.search("warm down")] == [hit.id for hit in before]
 
 
@@ -321,6 +465,15 @@ def test_vectors_are_unit_and_the_same_in_any_batch():
     assert vectors.shape == (3, 256)
     assert (vectors**2).sum(axis=1) == pytest.approx([1, 1, 0])
     assert (embedder().embed(texts[:1])[0] == vectors[0]).all()
+
+
+def test_words_are_looked_up_as_the_tokenizer_would_read_them(story):
+    """Word by word, and the whole text at once: the same tokens."""
+    texts = [passage.text for passage in Prose(story.ledger).all()]
+    texts += ["", "the", "a an", "lr 1e-10, 3.5e-4, 524288", "naïve matrixLr2B x_y 0.04 FFN bpb"]
+    whole = embedder()._tokenizer.encode_batch([words(one) for one in texts],
+                                               add_special_tokens=False)  # fmt: skip
+    assert [embedder().tokens(one) for one in texts] == [encoding.ids for encoding in whole]
 
 
 def test_missing_files_are_named(monkeypatch):

@@ -100,3 +100,28 @@ def test_the_usual_roles_are_installed():
     from society.roles import known_roles
 
     assert set(DEFAULT_ROLES) <= set(known_roles())
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["embedded", "off", "http://127.0.0.1:8000", "https://recall.example.org", "http://[::1]:8000"],
+)
+def test_the_semantic_index_has_a_place(place):
+    assert validate({"recall": place}, source="x").recall == place
+    assert validate({"recall": f"{place}"}, source="x") == Settings(recall=place)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "own", "", "127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://a:99999",
+        "http://a/b", "http://user:secret@a:8000",
+    ],
+)  # fmt: skip
+def test_another_place_is_refused(place):
+    with pytest.raises(UsageError, match=r"recall: .*choose embedded, off or the address"):
+        validate({"recall": place}, source="x")
+
+
+def test_a_trailing_slash_names_the_same_server():
+    assert Settings(recall="http://a:1/").recall == "http://a:1"
