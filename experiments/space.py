@@ -51,6 +51,7 @@ class Space:
             knobs[name] = knobs[name].within(span)
         self._kinds = {name: self._kind(name) for name in self.knobs}
         self._default = {name: self._parse(name, self._base[name]) for name in self.knobs}
+        self._units: dict[tuple[str, type, Scalar], float] = {}
 
     @classmethod
     def of(cls, task: Task) -> Space:
@@ -87,8 +88,17 @@ class Space:
         """Where a value lies in its knob's range, 0..1, on the knob's own scale.
 
         Choices lie at even distances, in the order of the knob.
+
+        Raises:
+            InvalidVariant: no such knob, or not one of its values.
         """
-        knob, value = self.knobs[name], self._parse(name, value)
+        key = (name, type(value), value)
+        if key not in self._units:
+            self._units[key] = self._unit(name, self._parse(name, value))
+        return self._units[key]
+
+    def _unit(self, name: str, value: Scalar) -> float:
+        knob = self.knobs[name]
         if self._kinds[name] is bool:
             return float(value)
         if knob.choices:
@@ -107,13 +117,34 @@ class Space:
         if a.patch != b.patch:
             return 1.0
         names = {*a.overrides, *b.overrides}
-        return max((self._apart(name, a, b) for name in names), default=0.0)
+        return max((self.apart(name, a, b) for name in names), default=0.0)
 
-    def near(self, a: Variant, b: Variant, tolerance: float = 0.02) -> bool:
-        """Whether two variants are the same experiment for all practical purposes."""
-        return self.distance(a, b) <= tolerance
+    def near(self, a: Variant, b: Variant) -> bool:
+        """Whether two variants are the same experiment for all practical purposes.
 
-    def _apart(self, name: str, a: Variant, b: Variant) -> float:
+        That is, whether each knob differs by no more than its own tolerance.
+        """
+        if a.patch != b.patch:
+            return False
+        names = {*a.overrides, *b.overrides}
+        return all(self.apart(name, a, b) <= self.knobs[name].tolerance for name in names)
+
+    def changes(self, variant: Variant, reference: Variant) -> tuple[str, ...]:
+        """The knobs on which two variants differ by more than their tolerance, sorted."""
+        names = sorted({*variant.overrides, *reference.overrides})
+        return tuple(
+            name
+            for name in names
+            if self.apart(name, variant, reference) > self.knobs[name].tolerance
+        )
+
+    def is_category(self, name: str) -> bool:
+        """Whether the knob's values are words or flags, which are equal or different."""
+        self._check_name(name)
+        return self._kinds[name] in (bool, str)
+
+    def apart(self, name: str, a: Variant, b: Variant) -> float:
+        """How far two variants are from each other on one knob, 0..1; words and flags 0 or 1."""
         default = self.default(name)
         left, right = a.overrides.get(name, default), b.overrides.get(name, default)
         if left == right:

@@ -198,6 +198,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             low=100,
             high=1e6,
             log=True,
+            tolerance=0.05,  # a factor of 1.6; the longest wavelengths exceed a row anyway
             unit="base",
             group="attention",
             about="Slowest wavelength of the rotary position encoding.",
@@ -277,6 +278,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         Knob(
             low=0,
             high=1,
+            tolerance=0.005,  # 0 is no connection at all, 0.02 is a learned one
             unit="factor",
             group="residual",
             about="If not 0, early layers are added to late ones (a U-net) with learned weights "
@@ -589,6 +591,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         Knob(
             low=0.8,
             high=0.99,
+            tolerance=0.01,  # 0.95 and 0.954 remember 20 and 22 steps, 0.986 and 0.99 71 and 100
             unit="fraction kept a step",
             group="optimiser",
             about="Muon's momentum after the ramp.",
@@ -601,6 +604,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         Knob(
             low=0.8,
             high=0.999,
+            tolerance=0.005,  # 0.995 and 0.999 remember 200 and 1,000 steps
             unit="fraction kept a step",
             group="optimiser",
             about="Memory of Muon's per-neuron second moment.",
@@ -661,6 +665,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         Knob(
             low=0.8,
             high=0.999,
+            tolerance=0.005,  # 0.995 and 0.999 remember 200 and 1,000 steps
             unit="fraction kept a step",
             group="optimiser",
             about="AdamW's memory of the squared gradient.",

@@ -29,6 +29,8 @@ class Knob:
     """Largest value the search may propose, inclusive."""
     log: bool = False
     """Distances and sampling are on a log scale (rates and sizes)."""
+    tolerance: float = 0.02
+    """Values no further apart on the knob's unit scale count as the same experiment."""
     choices: tuple[Scalar, ...] = ()
     """The closed set of values, for categories and sizes with gaps."""
     unit: str = ""
