@@ -23,7 +23,7 @@ class _Waiter:
 class Floor:
     """A fair lock whose waiters can say whether they have anything to do.
 
-    Belongs to one event loop. `quiet` is set once all `members` wait in line and none of them is
+    Belongs to one event loop. `quiet` is set while all `members` wait in line and none of them is
     ready: nothing can change any more unless somebody `poke`s.
     """
 
@@ -55,6 +55,7 @@ class Floor:
         waiter = self._next()
         if waiter is not None:
             self._taken = True
+            self.quiet.clear()
             waiter.turn.set_result(None)
         elif len(self._line) == self._members:
             self.quiet.set()

@@ -23,12 +23,14 @@ from society import logs
 from society.agents.codec import dump_duty, dump_entry, load_duty, load_entry
 from society.agents.laboratory import Bench, Doing, Laboratory
 from society.errors import ExecutorError, InvariantViolated, LeaseError, SocietyError
-from society.records import Activity
+from society.records import Activity, NewRefusal
 from society.roles.base import Duty, Outcome, Role
 
 if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
     from langgraph.graph.state import CompiledStateGraph
+
+    from society.records import Entry
 
 MAX_FAULTS = 5
 """Unexpected errors of one role after which the society stops instead of going on without it."""
@@ -100,10 +102,12 @@ async def perform(state: State, runtime: Runtime[Agent]) -> State:
     try:
         outcome = await _attempt(agent, duty, bench)
     finally:
-        fruitful = bool(outcome.entries or bench.runs_made)
+        found = [one for one in outcome.entries if not isinstance(one, NewRefusal)]
+        fruitful = bool(found or bench.runs_made)
         laboratory.sign_off(duty, fruitful=fruitful)
         agent.show(Doing(since=time.monotonic()))
-    return {"entries": [dump_entry(entry) for entry in outcome.entries], "note": outcome.note}
+    entries = laboratory.unsaid(outcome.entries)
+    return {"entries": [dump_entry(entry) for entry in entries], "note": outcome.note}
 
 
 async def _attempt(agent: Agent, duty: Duty, bench: Bench) -> Outcome:
@@ -133,22 +137,32 @@ async def commit(state: State, runtime: Runtime[Agent]) -> State:
     agent, duty = runtime.context, load_duty(state["duty"] or {})
     laboratory = agent.laboratory
     entries = [load_entry(data) for data in state["entries"]]
-    activity = Activity(
-        agent.name, duty.role, duty.kind, duty.subject, state["started_at"],
-        laboratory.ledger.now(), state["note"],
-    )  # fmt: skip
-    written = laboratory.ledger.commit(
-        laboratory.scope,
-        laboratory.record.id,
-        agent.name,
-        entries,
-        key=f"{laboratory.record.id}/{agent.name}/{state['cycle']}@{state['started_at']}",
-        activity=activity,
-    )
-    if written and entries:
-        logs.get("agent", agent=agent.name, role=duty.role).info(
-            duty.kind, note=state["note"], entries=len(entries)
+    log = logs.get("agent", agent=agent.name, role=duty.role)
+
+    def write(entries: list[Entry], note: str) -> bool:
+        activity = Activity(
+            agent.name, duty.role, duty.kind, duty.subject, state["started_at"],
+            laboratory.ledger.now(), note,
+        )  # fmt: skip
+        return laboratory.ledger.commit(
+            laboratory.scope,
+            laboratory.record.id,
+            agent.name,
+            entries,
+            key=f"{laboratory.record.id}/{agent.name}/{state['cycle']}@{state['started_at']}",
+            activity=activity,
+            room=laboratory.room,
         )
+
+    try:
+        written = write(entries, state["note"])
+    except (LeaseError, InvariantViolated) as error:  # another society on the ledger was quicker
+        log.warning("outcome refused", duty=duty.kind, subject=duty.subject, reason=str(error))
+        laboratory.lapsed(duty)
+        write([], f"lapsed: {error}")
+        written = False
+    if written and entries:
+        log.info(duty.kind, note=state["note"], entries=len(entries))
     return {"duty": None, "entries": [], "offers": [], "note": ""}
 
 

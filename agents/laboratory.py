@@ -9,31 +9,50 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from society import logs
-from society.errors import RecallUnavailable
-from society.records import Decision, HypothesisState, SocietyState, Work
+from society import exchange, logs
+from society.records import (
+    Decision,
+    HypothesisState,
+    NewHypothesis,
+    RunKind,
+    SocietyState,
+    Work,
+)
 from society.roles.base import BudgetLeft
+from society.roles.novelty import Archive, unsaid
 from society.roles.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from society.agents.floor import Floor
+    from society.agents.recollection import Recollection
     from society.experiments.executor import Executor
     from society.experiments.space import Space
     from society.experiments.task import Task
     from society.memory.ledger import Ledger
-    from society.memory.recall import Hit, Recall
-    from society.records import Hypothesis, Lease, Run, RunKind, Scope, SocietyRecord, Variant
+    from society.memory.recall import Hit
+    from society.memory.tally import Spent
+    from society.records import (
+        Entry,
+        Hypothesis,
+        Lease,
+        Run,
+        Scope,
+        SocietyRecord,
+        Variant,
+    )
     from society.roles.base import Brain, Charter, Duty, Knowledge, Role
     from society.settings import Settings
 
-T = TypeVar("T")
-
 LEASE_S = 120.0
 """Seconds a lease lives without a heartbeat; heartbeats come three times as often."""
+SEARCH_KINDS = (
+    RunKind.SCREENING, RunKind.CALIBRATION, RunKind.VERIFICATION, RunKind.REPRODUCTION,
+)  # fmt: skip
+"""Runs that a society's next steps may depend on."""
 FIRST_GUESS_S = 5.0
 """Assumed duration of a run until the first one has finished."""
 
@@ -55,7 +74,7 @@ class Laboratory:
         self,
         *,
         ledger: Ledger,
-        recall: Recall | None,
+        recall: Recollection | None,
         executor: Executor,
         task: Task,
         space: Space,
@@ -79,6 +98,7 @@ class Laboratory:
         self._dry: dict[tuple[str, str, str], int] = {}
         self._surveys: dict[str, tuple[View, list[Duty]]] = {}
         self._view: tuple[tuple[object, ...], View] | None = None
+        self._archives: dict[str | None, Archive] = {}
         self._began = began
         self._log = logs.get("laboratory")
 
@@ -91,23 +111,22 @@ class Laboratory:
 
     def budget(self) -> BudgetLeft:
         """What may still be spent, runs under way counted as spent."""
-        mine = self.ledger.runs(society=self.record.id)
-        under_way = len(self.ledger.leases(self.scope))
+        spent = self.ledger.spent(self.record.id)
         limits, seconds = [10**9], None
         if self.settings.runs is not None:
             limits.append(self.settings.runs)
         if self.settings.minutes is not None:
             seconds = max(0.0, 60 * self.settings.minutes - self.wall_s)
-            limits.append(self._runs_within(seconds, mine) + len(mine))
+            limits.append(self._runs_within(seconds, spent) + spent.runs)
         total = min(limits)
-        left = max(0, total - len(mine) - under_way)
+        left = max(0, total - spent.runs - spent.under_way)
         if self.draining or self._reached_goal():
             left = 0
-        return BudgetLeft(len(mine), left, total, seconds)
+        return BudgetLeft(spent.runs, left, total, seconds)
 
-    def _runs_within(self, seconds: float, runs: Sequence[Run]) -> int:
+    def _runs_within(self, seconds: float, spent: Spent) -> int:
         """Runs that can be finished in `seconds`, by the mean duration so far."""
-        mean = sum(run.cost.wall_s for run in runs) / len(runs) if runs else FIRST_GUESS_S
+        mean = spent.wall_s / spent.runs if spent.runs else FIRST_GUESS_S
         return int(seconds * self.executor.slots / max(1e-3, mean))
 
     def _reached_goal(self) -> bool:
@@ -153,6 +172,13 @@ class Laboratory:
             self._view = (state, view)
         return self._view[1]
 
+    def archive(self, agent: str | None = None) -> Archive:
+        """All screening runs up to now, or one agent's; only what is new of them is read."""
+        if agent not in self._archives:
+            self._archives[agent] = Archive(self.space, agent)
+        champions = self.ledger.champions(self.scope)
+        return self._archives[agent].read(self.view().screenings, champions)
+
     def _budget_clock(self) -> int:
         """Whole seconds, if the budget runs out by the clock; constant otherwise."""
         return int(self.wall_s) if self.settings.minutes is not None else 0
@@ -190,6 +216,42 @@ class Laboratory:
         """
         return self.executor.slots + self.executor.slots // 2
 
+    @property
+    def room(self) -> int:
+        """How many hypotheses may be open: no more than will soon be tested, see `exchange`."""
+        if self.settings.knowledge != "shared":  # nobody would see them
+            return 0
+        return exchange.room(
+            self.executor.slots, self.view().budget.runs, self.charter.closing_runs
+        )
+
+    # ---------------------------------------------------------------- other societies
+
+    @property
+    def preparing(self) -> bool:
+        """Whether the search cannot begin yet: noise floor or the champion's screening are due."""
+        view = self.view()
+        return view.noise is None or view.champion_screening is None
+
+    def runs_of_others(self) -> frozenset[int]:
+        """Runs of other societies on this ledger that may give this one something to do.
+
+        By fencing token; none when this society may make no run of its own any more.
+        """
+        if self.view().budget.runs <= 0:
+            return frozenset()
+        return frozenset(
+            lease.token
+            for lease in self.ledger.leases(self.scope)
+            if lease.society != self.record.id and lease.kind in SEARCH_KINDS
+        )
+
+    def look_again(self) -> None:
+        """Survey anew although nothing was written here: a lease of others may have expired."""
+        self._view = None
+        self._dry.clear()
+        self.floor.poke()
+
     # ---------------------------------------------------------------- crews and tickets
 
     def sign_up(self, duty: Duty) -> None:
@@ -203,6 +265,18 @@ class Laboratory:
         self._tickets -= duty.needs_slot
         if not fruitful:
             self._dry[duty.key] = self.view().budget.spent_runs
+
+    def lapsed(self, duty: Duty) -> None:
+        """The notebook refused what the duty led to: not offered again before another run."""
+        self._dry[duty.key] = self.view().budget.spent_runs
+
+    # ---------------------------------------------------------------- entries
+
+    def unsaid(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        """The entries, with a refusal for each hypothesis that is on record in other words."""
+        if not any(isinstance(entry, NewHypothesis) for entry in entries):
+            return tuple(entries)
+        return unsaid(entries, self.ledger.hypotheses(self.scope), self.space)
 
     # ---------------------------------------------------------------- runs
 
@@ -229,23 +303,14 @@ class Laboratory:
 
     # ---------------------------------------------------------------- recall
 
-    def remember(self) -> None:
-        """Bring recall up to date; the society goes on without it if it is down."""
-        self._with_recall(lambda recall: recall.sync(self.ledger), 0)
+    async def remember(self) -> None:
+        """Bring recall up to date while others work; the society goes on if it is down."""
+        if self.recall is not None:
+            await asyncio.to_thread(self.recall.sync)
 
     def search(self, text: str, k: int) -> Sequence[Hit]:
-        """Nearest prose in the notebook; empty while recall is down."""
-        return self._with_recall(lambda recall: recall.search(text, k=k), ())
-
-    def _with_recall(self, use: Callable[[Recall], T], otherwise: T) -> T:
-        if self.recall is None:
-            return otherwise
-        try:
-            return use(self.recall)
-        except RecallUnavailable as error:
-            self._log.warning("recall is off for the rest of this session", reason=str(error))
-            self.recall = None
-            return otherwise
+        """Nearest prose in the notebook; empty while recall is down or off."""
+        return () if self.recall is None else self.recall.search(text, k)
 
 
 class Bench:
@@ -293,6 +358,10 @@ class Bench:
         """See `Lab.knowledge`."""
         return self.view.knowledge(None if self._shared else self.agent)
 
+    def archive(self) -> Archive:
+        """See `Lab.archive`."""
+        return self._lab.archive(None if self._shared else self.agent)
+
     def recall(self, text: str, k: int = 5) -> Sequence[Hit]:
         """See `Lab.recall`."""
         return self._lab.search(text, k) if self._shared else ()
@@ -301,14 +370,24 @@ class Bench:
         """See `Lab.open_hypotheses`."""
         if not self._shared:  # they are distilled from everybody's runs
             return ()
-        known = self._lab.ledger.hypotheses(self._lab.scope)
-        waiting = [one for one in known if one.state is HypothesisState.OPEN]
-        return sorted(waiting, key=lambda one: -one.priority)
+        lab = self._lab
+        waiting = lab.ledger.hypotheses(lab.scope, state=HypothesisState.OPEN)
+        return sorted(waiting, key=lambda one: -one.worth)
+
+    def take(self, hypothesis_id: str) -> Hypothesis:
+        """See `Lab.take`."""
+        lab = self._lab
+        return lab.ledger.take_hypothesis(hypothesis_id, lab.record.id, self.agent, LEASE_S)
+
+    def give_back(self, hypothesis_id: str) -> None:
+        """See `Lab.give_back`."""
+        lab = self._lab
+        lab.ledger.return_hypothesis(hypothesis_id, self.agent, society=lab.record.id)
 
     @property
     def _shared(self) -> bool:
         """Whether the agent may know what others found."""
-        return self._lab.settings.recall == "shared"
+        return self._lab.settings.knowledge == "shared"
 
     async def _run(self, lease: Lease) -> Run:
         self.runs_made += 1

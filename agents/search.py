@@ -1,7 +1,8 @@
 """The `search` brain: model-based optimisation over the typed search space; no key, no network.
 
 A Gaussian process with expected improvement (Jones et al. 1998; as implemented by Optuna's
-`GPSampler`) is told every screening result in the notebook and every variant being screened now. It
+`GPSampler`) is told the screening results in the notebook (the best and the latest, where they are
+very many) and every variant being screened now. It
 is rebuilt for each proposal, so the brain itself keeps no state: whatever agent asks, the answer
 depends on the notebook and the entropy alone.
 
@@ -24,10 +25,13 @@ from society.records import Variant
 from society.roles.base import Knowledge, Proposal
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from optuna.distributions import BaseDistribution
 
     from society.experiments.space import Space
     from society.knobs import Knob, Scalar
+    from society.roles.base import Result
 
 STARTUP = 10
 """Proposals made before the model is asked."""
@@ -37,6 +41,8 @@ TAKEN = (2, 8)
 """Fewest and most changes of the best variant that are taken over from the model's proposal."""
 TIDY = 0.03
 """Distance on a knob's unit scale below which a number counts as unchanged."""
+TOLD = 250
+"""The model is told so many of the best results and of the latest; all, up to twice that."""
 ATTEMPTS = 50
 """Samples drawn before giving up on a valid and unknown variant."""
 
@@ -49,12 +55,12 @@ class SearchBrain:
     async def propose(self, knowledge: Knowledge) -> Proposal:
         """The next variant to screen; new and valid unless the space is exhausted."""
         rng = random.Random(knowledge.entropy)
-        count = len(knowledge.results) + len(knowledge.pending)
+        count = knowledge.tried + len(knowledge.pending)
         known = {result.variant.fingerprint for result in knowledge.results}
         known |= {variant.fingerprint for variant in knowledge.pending}
         proposal = self._propose(knowledge, count, rng)
         for _ in range(ATTEMPTS):
-            if proposal is not None and proposal.variant.fingerprint not in known:
+            if proposal is not None and _is_new(proposal.variant, known, knowledge.known):
                 return proposal
             proposal = _mutate(knowledge, best_of(knowledge), rng, changes=2)
         return proposal or Proposal(knowledge.champion, "Nothing new was found.")
@@ -65,6 +71,10 @@ class SearchBrain:
         if count % LOCAL_EVERY == 0:
             return _mutate(knowledge, best_of(knowledge), rng, changes=rng.randint(1, 2))
         return _model_based(knowledge, rng)
+
+
+def _is_new(variant: Variant, *known: Container[str]) -> bool:
+    return not any(variant.fingerprint in marks for marks in known)
 
 
 def best_of(knowledge: Knowledge) -> Variant:
@@ -133,7 +143,7 @@ def _model_based(knowledge: Knowledge, rng: random.Random) -> Proposal | None:
     variant = _build(knowledge.space, knowledge.task, overrides)
     if variant is None:
         return None
-    return Proposal(variant, f"Model-based, on {len(knowledge.results)} results.")
+    return Proposal(variant, f"Model-based, on {knowledge.tried} results.")
 
 
 def _asked(knowledge: Knowledge, seed: int) -> dict[str, Scalar]:
@@ -173,7 +183,7 @@ def _tidy(knowledge: Knowledge, name: str, value: Scalar) -> Scalar:
 
 
 def _trials(knowledge: Knowledge, axes: dict[str, BaseDistribution]) -> list[Any]:
-    """Finished screenings with their score, those under way as running."""
+    """Screenings that the model is told of with their score, those under way as running."""
     from optuna.trial import TrialState, create_trial
 
     failed = _failure_score(knowledge)
@@ -183,7 +193,7 @@ def _trials(knowledge: Knowledge, axes: dict[str, BaseDistribution]) -> list[Any
             distributions=axes,
             value=failed if result.score is None else result.score,
         )
-        for result in knowledge.results
+        for result in told_to_model(knowledge)
     ]
     running = [
         create_trial(
@@ -194,6 +204,20 @@ def _trials(knowledge: Knowledge, axes: dict[str, BaseDistribution]) -> list[Any
         for variant in knowledge.pending
     ]
     return finished + running
+
+
+def told_to_model(knowledge: Knowledge) -> list[Result]:
+    """The results that the model is fitted to, in order of finishing.
+
+    Its time and memory grow with their square and more: 500 take seconds, 2,000 minutes.
+    """
+    results, sign = list(knowledge.results), knowledge.direction.sign
+    if len(results) <= 2 * TOLD:
+        return results
+    scored = [place for place, result in enumerate(results) if result.score is not None]
+    scored.sort(key=lambda place: -sign * (results[place].score or 0.0))
+    latest = range(len(results) - TOLD, len(results))
+    return [results[place] for place in sorted({*scored[:TOLD], *latest})]
 
 
 def _failure_score(knowledge: Knowledge) -> float:

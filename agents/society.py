@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import aiosqlite
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
+from society import logs
 from society.agents import graph
 from society.agents.graph import Agent
 from society.errors import UsageError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from society.roles import Role
     from society.settings import Settings
 
+OTHERS_S = 0.5
+"""Seconds between looks at the runs of other societies, when there is nothing else to do."""
 ESSENTIAL_ROLES = ("experimenter", "verifier", "statistician")
 """Roles that fixed casts must include: a proposer, somebody else, and a judge."""
 
@@ -73,20 +76,45 @@ async def live(laboratory: Laboratory, casts: list[tuple[Role, ...]], checkpoint
         await saver.setup()
         await connection.execute("PRAGMA synchronous=NORMAL")
         compiled = graph.build(saver)
-        quiet = asyncio.create_task(laboratory.floor.quiet.wait())
+        quiet = asyncio.create_task(_nothing_left(laboratory))
         lives = [asyncio.create_task(_cycle(agent, compiled)) for agent in agents]
         try:
             await asyncio.wait({quiet, *lives}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (quiet, *lives):
                 task.cancel()
-            ended = await asyncio.gather(*lives, return_exceptions=True)
+            ended = await asyncio.gather(quiet, *lives, return_exceptions=True)
         for error in ended:
             if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
                 raise error
         if not laboratory.draining:
             for agent in agents:
                 await saver.adelete_thread(_thread(agent))
+
+
+async def _nothing_left(laboratory: Laboratory) -> None:
+    """Return once no agent has anything to do and no other society can change that.
+
+    Societies that share a ledger wait for each other's runs: all seeds of the noise floor may be
+    leased elsewhere, and a claim may be under verification there. Whoever holds a lease is running
+    it, so two societies never wait for one another; the leases of one that died expire.
+    """
+    floor, log = laboratory.floor, logs.get("society")
+    while True:
+        await floor.quiet.wait()
+        awaited = laboratory.runs_of_others()
+        if not awaited:
+            return
+        log.info("waits for runs of other societies", runs=len(awaited))
+        while awaited and floor.quiet.is_set():
+            await asyncio.sleep(OTHERS_S)
+            now = laboratory.runs_of_others()
+            left = now if laboratory.preparing else awaited & now
+            if left != awaited:
+                laboratory.look_again()
+            awaited = left
+        if floor.quiet.is_set():
+            return
 
 
 async def _cycle(agent: Agent, compiled: Any) -> None:

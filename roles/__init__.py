@@ -10,6 +10,7 @@ from society.roles.base import (
     Lab,
     Outcome,
     Proposal,
+    Refused,
     Result,
     Role,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "Lab",
     "Outcome",
     "Proposal",
+    "Refused",
     "Result",
     "Role",
     "RunKind",

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from society.experiments.space import Space
     from society.experiments.task import Direction
     from society.memory.recall import Hit
-    from society.records import Entry, Hypothesis, Run, RunKind, Variant
+    from society.records import Entry, Hypothesis, RefusalReason, Run, RunKind, Variant
+    from society.roles.novelty import Archive
     from society.roles.view import View
 
 
@@ -84,12 +85,23 @@ class Knowledge:
     champion_score: float | None
     """The champion's screening score."""
     results: tuple[Result, ...]
-    """Every screening run in the notebook, in order of finishing."""
+    """Screening runs in order of finishing: all of them, or the best and latest of very many."""
     pending: tuple[Variant, ...]
     """Variants being screened right now."""
     noise_sd: float | None
     entropy: int
     """Seed for the brain's own randomness: differs at every proposal, repeats with the society."""
+    refused: tuple[Refused, ...] = ()
+    """What the brain has just proposed in vain: it is being asked again."""
+    count: int | None = None
+    """How many screening runs there are, those left out of `results` included; None: as listed."""
+    known: Container[str] = frozenset()
+    """Has the fingerprint of every screened variant, those left out of `results` included."""
+
+    @property
+    def tried(self) -> int:
+        """How many screening runs there are, listed in `results` or not."""
+        return len(self.results) if self.count is None else self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +111,28 @@ class Proposal:
     variant: Variant
     idea: str
     """The rationale, one sentence."""
+    despite: str = ""
+    """Why to run it although what lies around it has failed before; it is then run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A proposal that the notebook speaks against."""
+
+    proposal: Proposal
+    reason: RefusalReason
+    run_id: str | None
+    """The run that speaks against it."""
+    note: str
+    """The same in words."""
 
 
 class Brain(Protocol):
     """Where ideas come from.
 
     Called by one agent at a time. `propose` must return a valid variant of `knowledge.space` and
-    should avoid those already known or pending; the experimenter checks and asks again.
+    should avoid those already known or pending; the experimenter checks and asks again, saying in
+    `knowledge.refused` what is wrong with those before.
     """
 
     name: str
@@ -150,12 +177,28 @@ class Lab(Protocol):
         """What a brain may know now."""
         ...
 
+    def archive(self) -> Archive:
+        """The screening runs that the agent may know of, arranged for questions of novelty."""
+        ...
+
     def recall(self, text: str, k: int = 5) -> Sequence[Hit]:
         """The notebook's prose nearest in meaning to `text`; empty while recall is down."""
         ...
 
     def open_hypotheses(self) -> Sequence[Hypothesis]:
-        """Untested hypotheses, best first."""
+        """Hypotheses that nobody tests or has tested, those with most value per cost first."""
+        ...
+
+    def take(self, hypothesis_id: str) -> Hypothesis:
+        """Take an open hypothesis before screening its variant, so that nobody else does.
+
+        Raises:
+            LeaseError: Somebody else tests it, or it was tested or dropped.
+        """
+        ...
+
+    def give_back(self, hypothesis_id: str) -> None:
+        """Return a hypothesis that was not tested after all; does nothing once it was."""
         ...
 
 
@@ -208,8 +251,6 @@ class Charter:
     """Share of the budget, at its end, in which the champion's changes are tried one by one."""
     explain_most: int = 6
     """Most changes that are tried alone."""
-    near: float = 0.02
-    """Largest per-knob distance (unit scale) at which two variants count as the same experiment."""
     same_idea: float = 0.1
     """Largest per-knob distance at which two claims belong to one family."""
     digest_every: int = 20

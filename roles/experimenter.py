@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
+from society.errors import LeaseError
 from society.experiments import gate
 from society.experiments.effects import knob_effects
-from society.records import HypothesisTested, NewClaim
-from society.roles.base import Duty, Lab, Outcome, Proposal, Role
+from society.records import HypothesisDropped, NewClaim, RefusalReason
+from society.roles.base import Duty, Lab, Outcome, Role
+from society.roles.novelty import choose, judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from society.records import Hypothesis, Run, Variant
-    from society.roles.base import Knowledge
+    from society.records import Entry, Hypothesis, Run, Variant
     from society.roles.view import Candidate, View
 
 
@@ -52,14 +53,16 @@ class Experimenter(Role):
             return self._publish(lab.view, duty.subject)
         if duty.kind == "isolate":
             return await self._isolate(lab)
-        for hypothesis in lab.open_hypotheses():
-            if is_new(hypothesis.variant, lab.knowledge()):
-                return await self._test(hypothesis, lab)
-        proposal = await self._novel(lab)
-        if proposal is None:
-            return Outcome(note="no new idea")
-        run = await lab.screen(proposal.variant, proposal.idea)
-        return Outcome(note=tell(run, lab.view))
+        hypothesis, covered = self._take(lab)
+        if hypothesis is not None:
+            run = await self._test(hypothesis, lab)
+            return Outcome(covered, note=f"{hypothesis.id}: {tell(run, lab.view)}")
+        choice = await choose(lab)
+        entries: tuple[Entry, ...] = (*covered, *choice.refusals)
+        if choice.proposal is None:
+            return Outcome(entries, note="no new idea")
+        run = await lab.screen(choice.proposal.variant, choice.proposal.idea)
+        return Outcome(entries, note=tell(run, lab.view))
 
     @staticmethod
     def _publish(view: View, run_id: str) -> Outcome:
@@ -90,26 +93,30 @@ class Experimenter(Role):
         return Outcome(note=f"alone: {variant.describe()}: {score}")
 
     @staticmethod
-    async def _test(hypothesis: Hypothesis, lab: Lab) -> Outcome:
-        run = await lab.screen(hypothesis.variant, hypothesis.statement)
-        tested = HypothesisTested(hypothesis.id, run.id)
-        return Outcome((tested,), note=tell(run, lab.view))
+    def _take(lab: Lab) -> tuple[Hypothesis | None, tuple[HypothesisDropped, ...]]:
+        """The open hypothesis with most value per cost, and those that a run has answered already.
+
+        None if there is none to be had. What failed nearby before is no reason not to test one: it
+        was posted with a rationale by somebody who could see that.
+        """
+        covered = []
+        knowledge, archive = lab.knowledge(), lab.archive()
+        for one in lab.open_hypotheses():
+            found = judge(one.variant, knowledge, archive)
+            if found.reason is RefusalReason.NEAR_DUPLICATE and found.run_id is not None:
+                covered.append(HypothesisDropped(one.id, found.note))
+            elif found.reason in (None, RefusalReason.DEAD_END):
+                with suppress(LeaseError):  # another society was quicker
+                    return lab.take(one.id), tuple(covered)
+        return None, tuple(covered)
 
     @staticmethod
-    async def _novel(lab: Lab) -> Proposal | None:
-        """Ask the brain until it says something new; a near-duplicate is better than nothing."""
-        view = lab.view
-        knowledge = lab.knowledge()
-        spare: Proposal | None = None
-        for attempt in range(view.charter.retries):
-            asked = replace(knowledge, entropy=knowledge.entropy + 1_000_003 * attempt)
-            proposal = await lab.brain.propose(asked)
-            if not is_new(proposal.variant, knowledge):
-                continue
-            if is_new(proposal.variant, knowledge, tolerance=view.charter.near):
-                return with_evidence(proposal, lab)
-            spare = spare or proposal
-        return spare
+    async def _test(hypothesis: Hypothesis, lab: Lab) -> Run:
+        """Screen a hypothesis; the notebook closes it with the run, whatever comes out."""
+        try:
+            return await lab.screen(hypothesis.variant, hypothesis.statement)
+        finally:
+            lab.give_back(hypothesis.id)
 
 
 def publishable(view: View) -> list[Candidate]:
@@ -149,23 +156,6 @@ def most_promising_alone(view: View) -> Variant:
         return sum(expected.get(knob, 0.0) for knob in variant.overrides)
 
     return max(view.untried_alone, key=hope)
-
-
-def is_new(variant: Variant, knowledge: Knowledge, tolerance: float | None = None) -> bool:
-    """Whether nobody has screened the variant, or anything within `tolerance` of it."""
-    known = [*(result.variant for result in knowledge.results), *knowledge.pending]
-    if tolerance is None:
-        return variant.fingerprint not in {other.fingerprint for other in known}
-    return all(knowledge.space.distance(variant, other) > tolerance for other in known)
-
-
-def with_evidence(proposal: Proposal, lab: Lab) -> Proposal:
-    """Add what the notebook says about the nearest earlier work to the rationale."""
-    hits = lab.recall(f"{proposal.variant.describe()}. {proposal.idea}", k=2)
-    if not hits:
-        return proposal
-    known = "; ".join(hit.text for hit in hits)
-    return replace(proposal, idea=f"{proposal.idea} Nearest on record: {known}"[:600])
 
 
 def tell(run: Run, view: View) -> str:

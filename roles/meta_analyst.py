@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, ClassVar
 
+from society import exchange
 from society.errors import InvalidVariant
 from society.experiments.effects import (
     KnobEffect,
@@ -14,7 +15,7 @@ from society.experiments.effects import (
     describe_dead_end,
     knob_effects,
 )
-from society.records import NewHypothesis, NewInsight
+from society.records import HypothesisDropped, HypothesisState, NewHypothesis, NewInsight
 from society.roles.base import Duty, Lab, Outcome, Role
 
 if TYPE_CHECKING:
@@ -39,16 +40,24 @@ class MetaAnalyst(Role):
     about: ClassVar[str] = "fits knob effects over all runs, posts insights and hypotheses"
 
     def duties(self, view: View) -> Sequence[Duty]:
-        """`digest` after every so many screening runs, and once more when the budget closes."""
+        """`tidy` when the champion has moved on from an idea; `digest` after so many runs."""
+        duties = []
+        stale = outdated(view)
+        if stale:
+            why = f"{len(stale)} ideas about an earlier champion"
+            duties.append(Duty(self.name, "tidy", value=55, why=why))
         fresh = unread(view)
         enough = 5 if view.closing else view.charter.digest_every
-        if fresh < enough:
-            return []
-        return [Duty(self.name, "digest", value=40, why=f"{fresh} new results")]
+        if fresh >= enough:
+            duties.append(Duty(self.name, "digest", value=40, why=f"{fresh} new results"))
+        return duties
 
     async def perform(self, duty: Duty, lab: Lab) -> Outcome:
-        """Fit the effects, say what stands out, propose the most promising single changes."""
+        """Drop what is outdated; or fit the effects, say what stands out, propose what promises."""
         view = lab.view
+        if duty.kind == "tidy":
+            dropped = outdated(view)
+            return Outcome(dropped, note=f"dropped {len(dropped)} ideas")
         effects = knob_effects(
             view.screenings, view.space, view.champion.variant.overrides, view.task.direction
         )
@@ -61,12 +70,8 @@ class MetaAnalyst(Role):
 
 def unread(view: View) -> int:
     """Screening runs that finished since the last digest."""
-    digests = [
-        activity.started_at
-        for activity in view.ledger.activities(view.society)
-        if activity.role == MetaAnalyst.name and activity.duty == "digest"
-    ]
-    return sum(run.finished_at > max(digests, default=0.0) for run in view.screenings)
+    last = view.ledger.last_begun(view.society, MetaAnalyst.name, "digest")
+    return view.board.ended_after(last or 0.0)
 
 
 def insights(view: View, effects: Sequence[KnobEffect]) -> list[NewInsight]:
@@ -91,26 +96,51 @@ def _topic(text: str) -> str:
 
 
 def hypotheses(view: View, effects: Sequence[KnobEffect]) -> list[NewHypothesis]:
-    """The champion with one more change that the regression favours."""
+    """The champion with one more change, where the regression expects most of a run.
+
+    See `exchange.expected_value` and `exchange.expected_cost`.
+    """
     noise = view.noise.sd if view.noise else 1.0
     known = {run.variant.fingerprint for run in view.screenings}
     posted = {one.variant.fingerprint for one in view.ledger.hypotheses(view.scope)}
+    champion = view.champion.variant
     found: list[NewHypothesis] = []
-    hopeful = [effect for effect in effects if effect.delta > 0]
-    for effect in sorted(hopeful, key=lambda effect: -effect.delta):
-        overrides = {**view.champion.variant.overrides, effect.knob: effect.value}
+    for effect in effects:
+        value = exchange.expected_value(effect.delta, effect.se, noise)
+        if value <= 0:
+            continue
+        overrides = {**champion.overrides, effect.knob: effect.value}
         try:
             variant = view.space.variant(view.task.key, overrides)
         except InvalidVariant:
             continue
-        if variant.fingerprint in known | posted:
+        if variant.fingerprint in known | posted or view.space.near(variant, champion):
             continue
         statement = f"{effect.knob}={effect.value} improves the champion."
         rationale = describe(effect, unit=view.task.unit)
-        found.append(NewHypothesis(statement, rationale, variant, effect.delta / noise))
-        if len(found) == MAX_HYPOTHESES:
-            break
-    return found
+        cost = exchange.expected_cost(variant, view.screenings, (effect.knob,))
+        found.append(NewHypothesis(statement, rationale, variant, value, cost))
+    return sorted(found, key=lambda one: -exchange.worth(one))[:MAX_HYPOTHESES]
+
+
+def outdated(view: View) -> tuple[HypothesisDropped, ...]:
+    """Open hypotheses that the champion has moved on from, each with the reason to drop it."""
+    now = view.champion
+    if now.number == 0:
+        return ()
+    history = view.ledger.champions(view.scope)
+    found = []
+    for one in view.ledger.hypotheses(view.scope, state=HypothesisState.OPEN):
+        then = exchange.reigning(history, one.posted_at)
+        if then is None or then.number == now.number:
+            continue
+        if exchange.moved_on(one.variant, then.variant, now.variant):
+            reason = (
+                f"the champion moved on: this was about {then.variant.describe()}, and now "
+                f"{now.variant.describe()} is the champion"
+            )
+            found.append(HypothesisDropped(one.id, reason))
+    return tuple(found)
 
 
 def _varied(runs: Sequence[Run], knob: str) -> tuple[str, ...]:

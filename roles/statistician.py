@@ -55,8 +55,7 @@ class Statistician(Role):
     def _calibration(self, view: View) -> list[Duty]:
         baseline = view.champion.variant
         duties = []
-        screened = {run.variant.fingerprint for run in view.screenings}
-        if baseline.fingerprint not in screened and not view.under_way(baseline, RunKind.SCREENING):
+        if not view.screened(baseline) and not view.under_way(baseline, RunKind.SCREENING):
             duties.append(self._run("anchor", value=92, why="the champion on the screening seed"))
         if view.noise is not None or not baseline.is_baseline:
             return duties
@@ -128,21 +127,13 @@ def is_ripe(view: View, claim: Claim) -> bool:
 
 def on_probation(view: View) -> Claim | None:
     """The champion's claim while its acceptance has not been confirmed."""
-    champion_claim = view.champion.claim_id
-    if champion_claim is None:
-        return None
-    claim = view.ledger.claim(champion_claim)
-    return claim if claim.verdict_is(Decision.ACCEPTED) else None
+    claim = view.champion_claim
+    return claim if claim is not None and claim.verdict_is(Decision.ACCEPTED) else None
 
 
 def rejections(view: View) -> list[int]:
     """Candidate runs of each claim rejected against the present champion."""
-    mark = view.champion.variant.fingerprint
-    return [
-        len(view.pool(claim.variant))
-        for claim in view.claims
-        if claim.verdict_is(Decision.REJECTED) and claim.reference.fingerprint == mark
-    ]
+    return [view.pool_size(claim.variant) for claim in view.rejected]
 
 
 def measure_noise(view: View) -> Outcome:
@@ -207,7 +198,8 @@ def irreproducible(view: View, claim: Claim) -> str | None:
         if run.outcome is not RunOutcome.COMPLETED or run.score is None or original.score is None:
             return f"not reproducible: the same seed ended {run.outcome.value} ({run.id})"
         gap = abs(run.score - original.score)
-        exact = run.environment == original.environment and run.environment.device == "cpu"
+        alike = not run.environment.differs(original.environment)
+        exact = alike and run.environment.device == "cpu"
         noise = view.noise.sd if view.noise else math.inf
         if gap > (0.0 if exact else 4 * noise):
             return f"not reproducible: the same seed gave another score, {gap:.2g} off ({run.id})"

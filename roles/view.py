@@ -1,7 +1,9 @@
 """`View`: the notebook as roles see it, read-only, with the gate's opinion on every open claim.
 
 A view is made for one state of the notebook and shared by all agents until something is written;
-its facts are computed when first asked for.
+its facts are computed when first asked for. Screening runs, of which there may be a hundred
+thousand, stand on a `Board` that the ledger keeps in memory, beside claims and champions: a new
+view reads from the database only what is new.
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ from typing import TYPE_CHECKING
 
 from society.errors import InvalidVariant, InvariantViolated
 from society.experiments import gate
-from society.records import Decision, Outcome, RunKind, Variant
+from society.records import Decision, RunKind, Variant
 from society.roles.base import BudgetLeft, Charter, Knowledge, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from society.experiments.space import Space
     from society.experiments.task import Task
     from society.memory.ledger import Ledger
+    from society.memory.mirror import Board, Docket
     from society.records import Champion, Claim, Lease, Noise, Run, Scope
+
+CANDIDATES = 100
+"""Most screening runs that are offered as claims at a time, the best."""
+DIGEST = 1000
+"""A brain is told of so many of the best screening runs, and of so many of the latest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,12 @@ class View:
             raise InvariantViolated(f"{self.scope.task} has no baseline champion yet.")
         return champion
 
+    @cached_property
+    def champion_claim(self) -> Claim | None:
+        """The claim that crowned the champion; None for the baseline."""
+        claim = self.champion.claim_id
+        return None if claim is None else self.ledger.claim(claim)
+
     @property
     def baseline(self) -> Variant:
         """The task's recipe without any change."""
@@ -88,28 +102,52 @@ class View:
 
     def pool(self, variant: Variant) -> Mapping[int, float | None]:
         """A variant's holdout scores by verification seed; None for a run that failed."""
-        return self.ledger.pool(self.scope, variant)
+        mark = variant.fingerprint
+        if mark not in self._pools:
+            self._pools[mark] = self.ledger.pool(self.scope, variant)
+        return self._pools[mark]
+
+    def pool_size(self, variant: Variant) -> int:
+        """How many holdout results a variant has; cheaper than its pool."""
+        return self._pool_sizes.get(variant.fingerprint, 0)
+
+    @cached_property
+    def _pools(self) -> dict[str, Mapping[int, float | None]]:
+        return {}
+
+    @cached_property
+    def _pool_sizes(self) -> Mapping[str, int]:
+        return self.ledger.pool_sizes(self.scope)
 
     # ---------------------------------------------------------------- screening
 
     @cached_property
+    def board(self) -> Board:
+        """The screening runs; asks no more of the database than what is new."""
+        return self.ledger.board(self.scope)
+
+    @cached_property
     def screenings(self) -> tuple[Run, ...]:
-        """Every screening run, in order of finishing, whatever its outcome."""
-        return self.ledger.runs(self.scope, kinds=[RunKind.SCREENING])
+        """Every screening run, in order of finishing, whatever its outcome.
+
+        Without log and curve, which `ledger.run` has. To look for one run, ask `board` or
+        `screened`: they do not walk through all of them.
+        """
+        return self.board.runs()
 
     @cached_property
     def screening_scores(self) -> Mapping[str, float]:
         """Fingerprint -> validation score of completed screening runs."""
-        return {
-            run.variant.fingerprint: run.score
-            for run in self.screenings
-            if run.outcome is Outcome.COMPLETED and run.score is not None
-        }
+        return self.board.scores()
+
+    def screened(self, variant: Variant) -> bool:
+        """Whether the variant has been screened, whatever came of it."""
+        return variant.fingerprint in self.board
 
     @property
     def champion_screening(self) -> float | None:
         """The champion's own score on the screening seed, which proposals are compared with."""
-        return self.screening_scores.get(self.champion.variant.fingerprint)
+        return self.board.score(self.champion.variant.fingerprint)
 
     def screening_delta(self, run: Run) -> float | None:
         """Improvement of a screening run over the champion on the same seed."""
@@ -121,67 +159,71 @@ class View:
     @cached_property
     def winners(self) -> tuple[Candidate, ...]:
         """Screening runs that could become a claim against the champion, best first."""
-        settled = {
-            claim.variant.fingerprint
-            for claim in self.claims
-            if claim.is_open or claim.verdict_is(Decision.REJECTED, Decision.ROLLED_BACK)
-        } | {entry.variant.fingerprint for entry in self.ledger.champions(self.scope)}
-        fresh = [run for run in self.screenings if run.variant.fingerprint not in settled]
-        return self._candidates(fresh, self.champion.variant)
+        crowned = {entry.variant.fingerprint for entry in self.ledger.champions(self.scope)}
+        return self._candidates(self.champion.variant, self._docket.settled | crowned)
 
     @cached_property
     def single_changes(self) -> tuple[Candidate, ...]:
         """Screening runs of one change alone that could become a claim against the baseline."""
         if self.champion.variant.is_baseline:
             return ()
-        settled = {claim.variant.fingerprint for claim in self.claims}
-        alone = [
-            run
-            for run in self.screenings
-            if len(run.variant.overrides) == 1 and run.variant.fingerprint not in settled
-        ]
-        return self._candidates(alone, self.baseline)
+        return self._candidates(self.baseline, self._docket.claimed, alone=True)
 
-    def _candidates(self, runs: Sequence[Run], reference: Variant) -> tuple[Candidate, ...]:
-        """Those that beat `reference` on the same seed by enough to be worth a claim."""
-        level = self.screening_scores.get(reference.fingerprint)
+    def _candidates(
+        self, reference: Variant, settled: Container[str], *, alone: bool = False
+    ) -> tuple[Candidate, ...]:
+        """The best that beat `reference` on the same seed by enough to be worth a claim."""
+        level = self.board.score(reference.fingerprint)
         if self.noise is None or level is None:
             return ()
-        better = self.task.direction.improvement
-        found = [
-            Candidate(run, reference, better(level, run.score))
-            for run in runs
-            if run.score is not None
-        ]
-        worth = [one for one in found if gate.worth_filing(one.delta, self.noise.sd)]
-        return tuple(sorted(worth, key=lambda one: -one.delta))
+        direction = self.task.direction
+        found: list[Candidate] = []
+        for mark, run in self.board.best(direction.sign, alone=alone):
+            delta = direction.improvement(level, run.score or 0.0)
+            if len(found) == CANDIDATES or not gate.worth_filing(delta, self.noise.sd):
+                break
+            if mark not in settled:
+                found.append(Candidate(run, reference, delta))
+        return tuple(sorted(found, key=lambda one: (-one.delta, one.run.number)))
 
     @cached_property
     def untried_alone(self) -> tuple[Variant, ...]:
         """Each of the champion's changes alone, where nobody has screened that yet."""
-        known = {run.variant.fingerprint for run in self.screenings}
-        known |= {lease.variant.fingerprint for lease in self.leases}
+        leased = {lease.variant.fingerprint for lease in self.leases}
         alone = []
         for knob, value in self.champion.variant.overrides.items():
             with suppress(InvalidVariant):  # the recipe may refuse one change without another
                 alone.append(self.space.variant(self.task.key, {knob: value}))
-        return tuple(variant for variant in alone if variant.fingerprint not in known)
+        return tuple(
+            variant
+            for variant in alone
+            if variant.fingerprint not in leased and not self.screened(variant)
+        )
 
     def since(self, run: Run) -> int:
         """Screening runs that finished after `run`."""
-        return sum(other.number > run.number for other in self.screenings)
+        return self.board.after(run.number)
 
     # ---------------------------------------------------------------- claims
 
     @cached_property
+    def _docket(self) -> Docket:
+        return self.ledger.docket(self.scope)
+
+    @property
     def claims(self) -> tuple[Claim, ...]:
         """All claims, oldest first."""
-        return self.ledger.claims(self.scope)
+        return self._docket.claims
+
+    @property
+    def rejected(self) -> Sequence[Claim]:
+        """The claims that were rejected against the present champion."""
+        return self._docket.rejected.get(self.champion.variant.fingerprint, ())
 
     @cached_property
     def open_claims(self) -> tuple[Claim, ...]:
         """Claims without a verdict, the most promising screening result first."""
-        waiting = [claim for claim in self.claims if claim.is_open]
+        waiting = self.ledger.open_claims(self.scope)
         return tuple(sorted(waiting, key=lambda claim: -claim.screening_delta))
 
     def claims_against(self, reference: Variant) -> list[Claim]:
@@ -230,10 +272,14 @@ class View:
 
         Decided from the notebook by distance in the search space, never by the proposer.
         """
+        docket, key = self._docket, (self.space, variant.fingerprint)
+        measured, distance, family = docket.nearest.get(key, (0, float("inf"), 0))
         near = [
-            (self.space.distance(variant, claim.variant), claim.family) for claim in self.claims
+            (self.space.distance(variant, claim.variant), claim.family)
+            for claim in docket.claims[measured:]
         ]
-        distance, family = min(near, default=(float("inf"), 0))
+        distance, family = min([(distance, family), *near])
+        docket.nearest[key] = (len(docket.claims), distance, family)
         if distance <= self.charter.same_idea:
             return family
         return 1 + max((claim.family for claim in self.claims), default=0)
@@ -286,10 +332,17 @@ class View:
     def knowledge(self, agent: str | None = None) -> Knowledge:
         """What a brain may know: screening results only, no seeds, no open verifications.
 
+        Of more than `2 * DIGEST` screening runs it is told the `DIGEST` best and the `DIGEST`
+        latest; which variants the others were of, it may still ask.
+
         Args:
             agent: Whose runs it may know beside the champion's; None for everybody's.
         """
-        champion = self.champion.variant.fingerprint
+        champion, board = self.champion.variant.fingerprint, self.board
+        sign = self.task.direction.sign
+        if agent is not None:
+            board = board.only(lambda run: run.agent == agent, champion)
+        told = board.digest(sign, DIGEST)
         return Knowledge(
             space=self.space,
             direction=self.task.direction,
@@ -297,17 +350,17 @@ class View:
             champion=self.champion.variant,
             champion_score=self.champion_screening,
             results=tuple(
-                Result(run.variant, self.screening_scores.get(run.variant.fingerprint))
-                for run in self.screenings
-                if agent in (None, run.agent) or run.variant.fingerprint == champion
+                Result(run.variant, board.score(run.variant.fingerprint)) for run in told
             ),
+            count=len(board),
+            known=board,
             pending=tuple(
                 lease.variant
                 for lease in self.leases
                 if lease.kind is RunKind.SCREENING and agent in (None, lease.holder)
             ),
             noise_sd=self.noise.sd if self.noise else None,
-            entropy=_digest(self._entropy, len(self.screenings), len(self.leases)),
+            entropy=_digest(self._entropy, len(self.board), len(self.leases)),
         )
 
 
