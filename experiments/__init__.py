@@ -2,7 +2,9 @@
 
     task        the seam: what is being improved, and how one run of it is made
     space       typed knobs, canonical variants, distances
+    neighbourhood  what lies near a variant, and which changes it repeats
     noise       spread over seeds, its components, and what pairing removes
+    provenance  what a run depends on, as text that can be kept: the profile, the source
     executor    the contract of executors, and one that runs in this process
     local       warm worker processes on this machine
     worker      what those processes do

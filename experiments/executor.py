@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib.util
 import math
 import platform
 import tempfile
@@ -15,8 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from society.errors import InvalidVariant, SocietyError
+from society.experiments.provenance import Source, profile_digest
 from society.experiments.space import Space
 from society.experiments.task import Diverged, Refused, Role, Task, TrainReport
+from society.model import device as devices
 from society.model.device import arithmetic, identify, is_out_of_memory
 from society.records import Budget, BudgetKind, Cost, Environment, Measurement, Outcome, Work
 
@@ -213,9 +213,10 @@ def thin(curve: Sequence[float], points: int = CURVE_POINTS) -> tuple[float, ...
 
 def describe(task: Task, device: str) -> Environment:
     """The environment of runs in this process. May start an accelerator: call it in a child."""
-    name, capability, more = device, platform.machine(), ""
+    name, capability, more, mem_bytes = device, platform.machine(), "", 0
     if "torch" in task.packages:
         (name, capability), more = identify(device), arithmetic(device)
+        mem_bytes = next((card.mem_bytes for card in devices.cards(device)), 0)
     return Environment(
         device=name,
         capability=capability,
@@ -224,29 +225,11 @@ def describe(task: Task, device: str) -> Environment:
         packages={package: version(package) for package in task.packages},
         arithmetic=more,
         code=source_digest(task.code),
+        config=profile_digest(task),
+        mem_bytes=mem_bytes,
     )
 
 
 def source_digest(names: Sequence[str]) -> str:
-    """The first 12 hex digits of a sha256 over the source of modules and packages.
-
-    Whoever changes how a run is made makes another environment, in which other bits are no
-    surprise. A module that cannot be found counts by its name.
-    """
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode())
-        for file in _sources(name):
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _sources(name: str) -> list[Path]:
-    try:
-        spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        return []
-    if spec is None or spec.origin is None:
-        return []
-    origin = Path(spec.origin)
-    return sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]
+    """Names the source of modules and packages as it is installed now."""
+    return Source.installed(names).digest

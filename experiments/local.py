@@ -135,7 +135,12 @@ class LocalExecutor:
     """
 
     def __init__(
-        self, task: str, profile: str, slots: int | None = None, device: str = "cpu"
+        self,
+        task: str,
+        profile: str,
+        slots: int | None = None,
+        device: str = "cpu",
+        code: Path | None = None,
     ) -> None:
         """Set up, start nothing.
 
@@ -144,8 +149,10 @@ class LocalExecutor:
             profile: Name or path of the profile.
             slots: Runs at once, at most; by default one per core, or as many as the cards hold.
             device: `cpu`, `cuda` for all visible cards, or one of them, e.g. `cuda:0`.
+            code: Folder in which the workers look for modules first; None for what is installed.
         """
         self.task, self.profile, self.device = task, profile, device
+        self._code = code
         self._asked = slots
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         self._arrange([device] * (slots or (cores if device == "cpu" else 1)))
@@ -328,7 +335,7 @@ class LocalExecutor:
             stderr=subprocess.STDOUT,
             pass_fds=[link],
             start_new_session=True,
-            env=_environ(),
+            env=_environ(self._code),
         )
 
     async def _fork(self, role: Role, device: str) -> _Link:
@@ -385,14 +392,15 @@ class LocalExecutor:
         return ExecutorError(f"{problem} End of the worker's log:\n{tail}" if tail else problem)
 
 
-def _environ() -> dict[str, str]:
+def _environ(code: Path | None) -> dict[str, str]:
     """The workers' environment: the same imports, one thread, no secrets."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in KEPT or name.startswith(KEPT_PREFIXES)
     }
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    first = [] if code is None else [str(code)]
+    path = os.pathsep.join([*first, *(entry or os.getcwd() for entry in sys.path)])
     return kept | ONE_THREAD | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
 
 

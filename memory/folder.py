@@ -9,17 +9,33 @@ One folder holds one notebook::
     ├── logs/                one JSON file per society
     ├── report/              what a society wrote at its end
     └── owner.lock           held by the process that runs a society here
+
+Several folders, also of several machines, may share one ledger: then `shared.json` stands in for
+`ledger.sqlite`. It remembers the ledger's address, that of a Chroma server if there is one, and
+the folder's own identity, by which it tells its societies from those of the others.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from society.errors import NotANotebook, NotebookDamaged, NotebookInUse
+from society.errors import NotANotebook, NotebookDamaged, NotebookInUse, UsageError
+from society.records import SocietyState
+
+if TYPE_CHECKING:
+    from society.memory.ledger import Ledger
+    from society.records import SocietyRecord
+
+ADDRESSES = "postgresql://USER@HOST/DATABASE, or sqlite:////ABSOLUTE/PATH.sqlite on one machine"
 
 
 class FileLock:
@@ -66,6 +82,18 @@ class FileLock:
         return int(written) if written.isdigit() else None
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a folder remembers of the memory it shares with others: the file `shared.json`."""
+
+    ledger: str | None = None
+    """Address of the ledger, without a password; None for the folder's own file."""
+    recall: str | None = None
+    """Address of a Chroma server; None for the folder's own index."""
+    home: str = ""
+    """Identity of this folder among those that share the ledger; empty where none does."""
+
+
 class NotebookFolder:
     """The paths of one notebook. Creating the object touches nothing on disk."""
 
@@ -78,9 +106,50 @@ class NotebookFolder:
         return f"NotebookFolder({str(self.path)!r})"
 
     @property
-    def ledger(self) -> Path:
-        """The SQLite file with every fact."""
+    def ledger(self) -> Path | str:
+        """What `Ledger.open` opens: the folder's SQLite file, or the address of a shared ledger.
+
+        Raises:
+            NotebookDamaged: `shared.json` cannot be read.
+        """
+        return self.shared.ledger or self.own_ledger
+
+    @property
+    def own_ledger(self) -> Path:
+        """The SQLite file with every fact, where the ledger is not shared."""
         return self.path / "ledger.sqlite"
+
+    @property
+    def shared_file(self) -> Path:
+        """Where the addresses of a shared memory are remembered."""
+        return self.path / "shared.json"
+
+    @property
+    def shared(self) -> Shared:
+        """What the folder shares with others; empty fields where nothing is shared.
+
+        Raises:
+            NotebookDamaged: `shared.json` cannot be read.
+        """
+        try:
+            return Shared(**json.loads(self.shared_file.read_text("utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            return Shared()
+        except (OSError, ValueError, TypeError) as error:
+            raise NotebookDamaged(
+                f"{self.shared_file} cannot be read: {error}. It holds `ledger`, `recall` and "
+                "`home`; restore it from a backup, or join the ledger with a new folder."
+            ) from error
+
+    @property
+    def home(self) -> str:
+        """Which societies of the ledger are this folder's: those with this `home`."""
+        return self.shared.home
+
+    @property
+    def recall_address(self) -> Path | str:
+        """Where the semantic index is: the folder `recall`, or the address of a Chroma server."""
+        return self.shared.recall or self.recall
 
     @property
     def recall(self) -> Path:
@@ -113,8 +182,79 @@ class NotebookFolder:
         return self.path / "owner.lock"
 
     def exists(self) -> bool:
-        """Whether a ledger lies here."""
-        return self.ledger.is_file()
+        """Whether a ledger lies here, or the address of a shared one."""
+        return self.shared.ledger is not None or self.own_ledger.is_file()
+
+    def share(
+        self, ledger: str | None = None, recall: str | None = None, secret_seed: int | None = None
+    ) -> NotebookFolder:
+        """Use a shared ledger, a Chroma server or both, from now on; remembered in the folder.
+
+        Nothing is remembered of a ledger that cannot be opened.
+
+        Args:
+            ledger: Address of the ledger; one that does not exist yet is created. None to keep
+                what is used now.
+            recall: Address of the Chroma server; None to keep what is used now.
+            secret_seed: Where the seeds of a *new* ledger come from, as for `Ledger.open`.
+
+        Raises:
+            UsageError: the address is none, holds a password, or the folder has facts elsewhere.
+            NotANotebook: what is at the address is no ledger, or one of another version.
+            NotebookDamaged: the ledger cannot be reached, or the folder cannot be written.
+        """
+        from society.memory.ledger import Ledger
+
+        now = self.shared
+        new = replace(now, recall=now.recall if recall is None else recall)
+        address = None if ledger is None else ledger_address(ledger)
+        if address is not None and address != ledger_address(f"sqlite:///{self.own_ledger}"):
+            self._check_free(now, address)
+            Ledger.open(address, secret_seed).close()
+            new = replace(new, ledger=address, home=now.home or secrets.token_hex(6))
+        if new != now:
+            self.create()
+            self._remember(new)
+        return self
+
+    def _check_free(self, now: Shared, address: str) -> None:
+        """Refuse to leave facts behind."""
+        if now.ledger is None and self.own_ledger.is_file():
+            raise UsageError(
+                f"{self.path} has a ledger of its own, so it cannot use {address} as well. Take "
+                f"another folder with --lab; what is in this one can be brought along by `society "
+                f"memory export --out old.jsonl.gz --lab {self.path}`, then `society memory import "
+                "old.jsonl.gz --lab NEW` into an empty shared ledger."
+            )
+        if now.ledger not in (None, address):
+            raise UsageError(
+                f"{self.path} belongs to the ledger {now.ledger}; take another folder for "
+                f"{address}. Contents move by `society memory export` and `society memory import`."
+            )
+
+    def _remember(self, shared: Shared) -> None:
+        draft = self.shared_file.with_suffix(f".{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(asdict(shared), indent=2) + "\n", "utf-8")
+            os.replace(draft, self.shared_file)
+        except OSError as error:
+            raise _unwritable(self.shared_file, error) from error
+
+    def own(self, records: Iterable[SocietyRecord]) -> list[SocietyRecord]:
+        """Those records of the ledger that were started in this folder, in the same order."""
+        home = self.home
+        return [record for record in records if record.home == home]
+
+    def end_sessions(self, ledger: Ledger) -> None:
+        """Record that nothing of this folder is at work; for the process that owns the folder.
+
+        Its old leases are ended. Those of other folders on the same ledger are left alone: their
+        societies may be alive, and the leases of those that are not end when they expire.
+        """
+        for record in self.own(ledger.societies()):
+            if record.state is SocietyState.RUNNING:
+                ledger.set_society_state(record.id, SocietyState.STOPPED)
+            ledger.release_all(record.id)
 
     def create(self) -> NotebookFolder:
         """Make the folder and its subfolders, and check that it can be written.
@@ -142,8 +282,8 @@ class NotebookFolder:
             found = "an empty or foreign folder" if self.path.is_dir() else "nothing"
             raise NotANotebook(
                 f"No notebook at {self.path}: found {found}, expected a file "
-                f"{self.ledger.name}. Start one with `society run --lab {self.path}`, or name "
-                "the folder of an existing one."
+                f"{self.own_ledger.name} or {self.shared_file.name}. Start one with `society run "
+                f"--lab {self.path}`, or name the folder of an existing one."
             )
         return self
 
@@ -170,6 +310,25 @@ class NotebookFolder:
             yield
         finally:
             lock.release()
+
+
+def ledger_address(text: str) -> str:
+    """The address of a shared ledger as it is remembered; a relative file is made absolute.
+
+    Raises:
+        UsageError: it is none, or it holds a password.
+    """
+    address = urlsplit(text)
+    if address.password or "password=" in address.query:
+        raise UsageError(
+            "--ledger: leave the password out of the address, because the address is written to "
+            "files and messages; put it in the variable PGPASSWORD or in the file ~/.pgpass."
+        )
+    if address.scheme == "sqlite" and not address.netloc and address.path.strip("/"):
+        return f"sqlite:///{os.path.abspath(address.path.removeprefix('/'))}"
+    if address.scheme != "postgresql" or not (address.hostname or "host=" in address.query):
+        raise UsageError(f"--ledger {text}: expected {ADDRESSES}.")
+    return text
 
 
 def _unwritable(path: Path, error: OSError) -> NotebookDamaged:

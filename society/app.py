@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from society import logs
+from society import logs, provenance
 from society.agents.brains import load_brain
 from society.agents.floor import Floor
 from society.agents.laboratory import Laboratory
+from society.agents.recollection import Recollection
 from society.agents.society import agent_names, cast_roles, live
-from society.errors import RecallUnavailable, UsageError
+from society.errors import UsageError
 from society.experiments.local import LocalExecutor
 from society.experiments.space import Space
 from society.experiments.task import default_profile, load_task
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
-from society.memory.recall import Recall
+from society.memory.recall import EMBEDDED, OFF, Recall
 from society.records import Crown, Scope, SocietyRecord, SocietyState, Variant
 from society.render import write_report
 from society.report import build_report
@@ -32,8 +33,6 @@ from society.roles import Charter
 from society.settings import validate
 
 if TYPE_CHECKING:
-    from structlog.stdlib import BoundLogger
-
     from society.experiments.executor import Executor
     from society.experiments.task import Task
     from society.report import Report
@@ -76,7 +75,7 @@ def resume_settings(folder: NotebookFolder, given: Settings) -> Settings:
         UsageError: No society in this notebook was interrupted.
     """
     with Ledger.open(folder.require().ledger) as ledger:
-        stopped = _unfinished(ledger)
+        stopped = _unfinished(folder, ledger)
     if stopped is None:
         raise UsageError(
             f"Nothing to resume in {folder.path}: its last society has finished. "
@@ -111,12 +110,12 @@ def run_society(
     load_brain(settings.brain)
     executor = LocalExecutor(settings.task, str(settings.profile), settings.slots, settings.device)
     with folder.lock(), Ledger.open(folder.ledger, settings.seed) as ledger:
-        record = _open_society(ledger, settings, resume=resume)
+        record = _open_society(folder, ledger, settings, resume=resume)
         logs.configure(folder.logs / "society.jsonl", society=record.id, console=console)
         try:
             work = _work(folder, ledger, record, settings, task, executor, casts, display)
             scope = asyncio.run(work)
-            report = build_report(ledger, scope, task, Space.of(task))
+            report = build_report(ledger, scope, task, Space.of(task), record.id)
             markdown, html = write_report(report, folder.report)
             return Ended(ledger.society(record.id), report, markdown, html)
         finally:
@@ -136,8 +135,9 @@ async def _work(
     log, began = logs.get("app"), time.monotonic()
     async with _started(executor):
         scope = Scope(task.key, executor.environment.tier)
+        provenance.keep(ledger, task, executor.environment)
         _crown_baseline(ledger, scope, record, task)
-        with _open_recall(folder, task, log) as recall:
+        with _open_recall(folder, ledger, settings, task) as recall:
             laboratory = Laboratory(
                 ledger=ledger,
                 recall=recall,
@@ -179,7 +179,8 @@ async def _live(
         with contextlib.suppress(asyncio.CancelledError):
             await pulse
         display.stop()
-        laboratory.remember()
+        if laboratory.recall is not None:
+            laboratory.recall.last_sync()
         laboratory.save(state)
 
 
@@ -187,7 +188,8 @@ async def _pulse(laboratory: Laboratory, display: Display) -> None:
     saved = 0.0
     while True:
         display.show(laboratory)
-        laboratory.remember()
+        await laboratory.remember()
+        laboratory.floor.poke()  # another society may have written something
         if laboratory.wall_s - saved >= SAVE_S:
             laboratory.save(SocietyState.RUNNING)
             saved = laboratory.wall_s
@@ -217,26 +219,29 @@ def _signals(laboratory: Laboratory, main: asyncio.Task[None] | None) -> Iterato
             loop.remove_signal_handler(number)
 
 
-def _unfinished(ledger: Ledger) -> SocietyRecord | None:
-    """The last society, if it was interrupted."""
-    records = [record for record in ledger.societies() if not record.is_study]
+def _unfinished(folder: NotebookFolder, ledger: Ledger) -> SocietyRecord | None:
+    """The folder's last society, if it was interrupted."""
+    records = [record for record in folder.own(ledger.societies()) if not record.is_study]
     if records and records[-1].state is not SocietyState.FINISHED:
         return records[-1]
     return None
 
 
-def _open_society(ledger: Ledger, settings: Settings, *, resume: bool) -> SocietyRecord:
-    """The record to work under. The caller owns the notebook, so every old lease is dead."""
-    for record in ledger.societies():
-        if record.state is SocietyState.RUNNING:
-            ledger.set_society_state(record.id, SocietyState.STOPPED)
-        ledger.release_all(record.id)
-    unfinished = _unfinished(ledger)
+def _open_society(
+    folder: NotebookFolder, ledger: Ledger, settings: Settings, *, resume: bool
+) -> SocietyRecord:
+    """The record to work under.
+
+    The caller owns the folder, so every old lease of its societies is dead. Those of other folders
+    on the same ledger may be alive; the leases of those that are not end when they expire.
+    """
+    folder.end_sessions(ledger)
+    unfinished = _unfinished(folder, ledger)
     if resume and unfinished is not None:
         ledger.set_society_state(unfinished.id, SocietyState.RUNNING)
         return ledger.society(unfinished.id)
     seed = settings.seed if settings.seed is not None else secrets.randbits(31)
-    return ledger.start_society(seed, settings.model_dump(mode="json"))
+    return ledger.start_society(seed, settings.model_dump(mode="json"), home=folder.home)
 
 
 def _crown_baseline(ledger: Ledger, scope: Scope, record: SocietyRecord, task: Task) -> None:
@@ -265,14 +270,16 @@ def _warm_up() -> None:
 
 
 @contextlib.contextmanager
-def _open_recall(folder: NotebookFolder, task: Task, log: BoundLogger) -> Iterator[Recall | None]:
-    """Recall, or None with a warning: the society goes on without it."""
-    try:
-        recall = Recall.open(folder, lower_is_better=task.direction.sign < 0)
-    except RecallUnavailable as error:
-        log.warning("recall is off", reason=str(error))
+def _open_recall(
+    folder: NotebookFolder, ledger: Ledger, settings: Settings, task: Task
+) -> Iterator[Recollection | None]:
+    """Recall, opened when it is first used; None if it is off."""
+    if settings.recall == OFF:
         yield None
         return
+    at = folder.recall if settings.recall == EMBEDDED else settings.recall
+    lower = task.direction.sign < 0
+    recall = Recollection(ledger, lambda: Recall.open(folder, ledger, at=at, lower_is_better=lower))
     try:
         yield recall
     finally:

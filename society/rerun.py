@@ -1,23 +1,34 @@
 """`society rerun`: make a recorded run again, from what the notebook holds, and compare the bits.
 
-Everything a run depends on is on record: the change, its seeds, split and budget, the data's hash
-and the environment. Nothing is written, so it works beside a running society; the new result is a
-check and evidence for nothing.
+Everything a run depends on is on record: the change, its seeds, split and budget, the effective
+profile, the trainer's source, the data's hash and the environment. Nothing is written, so it works
+beside a running society; the new result is a check and evidence for nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, fields
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from society.errors import UsageError
 from society.experiments.local import LocalExecutor
+from society.experiments.provenance import profile_digest
+from society.experiments.task import load_task
 from society.memory.ledger import Ledger
+from society.provenance import Recorded
 from society.records import BudgetKind, Outcome, Work
 
 if TYPE_CHECKING:
     from society.memory.folder import NotebookFolder
     from society.records import Environment, Measurement, Run
+
+ABSENT = "none"
+"""What stands for a package that one of two environments does not name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,10 @@ class Rerun:
     measured: Measurement
     environment: Environment
     """Of the new run."""
+    profile: str = ""
+    """What became of the profile's file since; empty when it says the same as the record."""
+    recorded_code: bool = False
+    """Whether the recorded source was used instead of the installed one."""
 
     @property
     def same(self) -> bool:
@@ -37,11 +52,22 @@ class Rerun:
     @property
     def differences(self) -> tuple[str, ...]:
         """What the bits depend on and is not what it was, e.g. `packages`, `data`."""
+        odd = self.run.environment.differs(self.environment)
+        return (*odd, "data") if self.run.data_hash != self.measured.data_hash else odd
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Each difference with both values, e.g. `package torch: 2.12.0 then, 2.13.0 now`."""
         then, now = self.run.environment, self.environment
-        odd = [f.name for f in fields(now) if getattr(then, f.name) != getattr(now, f.name)]
-        if self.run.data_hash != self.measured.data_hash:
-            odd.append("data")
-        return tuple(odd)
+        told: list[str] = []
+        for name in self.differences:
+            if name == "packages":
+                told += _packages(then.packages, now.packages)
+            elif name == "data":
+                told.append(_changed("data", self.run.data_hash, self.measured.data_hash))
+            else:
+                told.append(_changed(name, getattr(then, name), getattr(now, name)))
+        return tuple(told)
 
     @property
     def reproduced(self) -> bool | None:
@@ -70,27 +96,85 @@ class Rerun:
         )
 
 
-def rerun(folder: NotebookFolder, run_id: str) -> Rerun:
+def _changed(name: str, then: object, now: object) -> str:
+    return f"{name}: {then or ABSENT} then, {now or ABSENT} now"
+
+
+def _packages(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name):
+            yield _changed(f"package {name}", then.get(name), now.get(name))
+
+
+def rerun(folder: NotebookFolder, run_id: str, *, recorded_code: bool = False) -> Rerun:
     """Make a recorded run again.
+
+    The profile is the recorded one, wherever its file is now and whatever it says.
+
+    Args:
+        folder: The notebook.
+        run_id: Which run.
+        recorded_code: Train with the recorded source of the trainer in place of the installed one.
 
     Raises:
         InvariantViolated: No finished run of this id is in the notebook.
+        UsageError: The recorded source is asked for and was not kept.
         SocietyError: The notebook cannot be read, the task is gone, or the workers do not start.
     """
     with Ledger.open(folder.require().ledger, read_only=True) as ledger:
         run = ledger.run(run_id)
         settings = ledger.society(run.society).settings
-    task, profile = str(settings["task"]), str(settings["profile"])
-    executor = LocalExecutor(task, profile, 1, str(settings["device"]))
-    return asyncio.run(_again(run, executor))
+        recorded = Recorded.of(ledger, run.environment)
+    task, device = str(settings["task"]), str(settings["device"])
+    with contextlib.ExitStack() as stack:
+        profile, note = str(settings["profile"]), ""
+        if recorded.profile is not None:
+            note = _profile_since(task, profile, run.environment.config)
+        if note:
+            profile = str(stack.enter_context(_as_file(recorded.profile or "")))
+        code = stack.enter_context(_code_of(recorded, run)) if recorded_code else None
+        executor = LocalExecutor(task, profile, 1, device, code)
+        measured, environment = asyncio.run(_again(run, executor))
+    return Rerun(run, measured, environment, note, recorded_code)
 
 
-async def _again(run: Run, executor: LocalExecutor) -> Rerun:
+def _profile_since(task: str, profile: str, digest: str) -> str:
+    """What is different about today's profile; empty when it says what the recorded one says."""
+    try:
+        today = profile_digest(load_task(task, profile))
+    except UsageError as error:
+        return f"the recorded one was used, because {profile} cannot be: {error}"
+    if today == digest:
+        return ""
+    return f"the recorded one was used, because {profile} has been changed ({today} now)"
+
+
+@contextlib.contextmanager
+def _as_file(profile: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="society-rerun-") as folder:
+        file = Path(folder) / "recorded.yaml"
+        file.write_text(profile, "utf-8")
+        yield file
+
+
+@contextlib.contextmanager
+def _code_of(recorded: Recorded, run: Run) -> Iterator[Path]:
+    if recorded.source is None:
+        raise UsageError(
+            f"--recorded-code: the source that made {run.id} ({run.environment.code or 'unknown'}) "
+            "was not kept. Without the option, the installed one is used."
+        )
+    with tempfile.TemporaryDirectory(prefix="society-code-") as folder:
+        recorded.source.install(Path(folder))
+        yield Path(folder)
+
+
+async def _again(run: Run, executor: LocalExecutor) -> tuple[Measurement, Environment]:
     work = Work(run.id, run.variant, run.seed, run.split, run.budget, run.data_seed)
     try:
         await executor.start()
         measured = await executor.run(work)
         await executor.close()
-        return Rerun(run, measured, executor.environment)
+        return measured, executor.environment
     finally:
         executor.kill()
