@@ -2,29 +2,34 @@
 
 It reads the ledger only, in read-only mode, so that it works while a society runs in another
 process; each call shows the notebook as it is at that moment. Times are in UTC, scores and effects
-in the task's metric, durations in seconds.
+in the task's metric, durations in seconds. Some frames hold records one to a row, the others answer
+a question; docs/notebook.md lists them all with their columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from society.memory.embed import Vectors, embedder
+from society import tiers
+from society.exchange import Tested, outcomes
+from society.memory import answers
+from society.memory.embed import DIMENSIONS, Vectors, embedder
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
-from society.memory.prose import Passage, Prose
-from society.records import Claim, Run
+from society.memory.prose import ALL, Filter, Passage, Prose
+from society.records import Champion, Claim, Hypothesis, Run, Scope
 
 _TIMES = (
     "started_at", "finished_at", "filed_at", "decided_at", "since", "posted_at", "ended_at",
-    "registered_at", "concluded_at",
+    "registered_at", "concluded_at", "refused_at", "imported_at", "taken_until",
 )  # fmt: skip
 
 RUN_COLUMNS = (
@@ -44,8 +49,8 @@ CHAMPION_COLUMNS = (
 )  # fmt: skip
 INSIGHT_COLUMNS = ("id", "society", "author", "text", "evidence", "posted_at")
 HYPOTHESIS_COLUMNS = (
-    "id", "society", "author", "statement", "rationale", "variant", "priority", "state", "run_id",
-    "posted_at",
+    "id", "society", "author", "statement", "rationale", "variant", "priority", "cost", "worth",
+    "state", "taken_by", "run_id", "outcome", "gain", "dropped_because", "posted_at",
 )  # fmt: skip
 ACTIVITY_COLUMNS = (
     "society", "agent", "role", "duty", "subject", "started_at", "ended_at", "note",
@@ -53,6 +58,36 @@ ACTIVITY_COLUMNS = (
 STUDY_COLUMNS = (
     "id", "society", "task", "tier", "kind", "title", "plan", "result", "evidence",
     "registered_at", "concluded_at",
+)  # fmt: skip
+REFUSAL_COLUMNS = (
+    "society", "agent", "task", "variant", "fingerprint", "reason", "run_id", "note", "refused_at",
+)  # fmt: skip
+SAVED_COLUMNS = ("reason", "refusals", "variants", "wall_s", "flops")
+PRIOR_COLUMNS = (
+    "id", "society", "source", "label", "score", "status", "description", "imported_at",
+)  # fmt: skip
+AGENT_COLUMNS = (
+    "society", "agent", "runs", "screening", "failed", "wall_s", "filed", "open", "accepted",
+    "rejected", "rolled_back", "superseded", "hit_rate", "hit_low", "hit_high",
+)  # fmt: skip
+SUPPORT_COLUMNS = (
+    "kind", "id", "what", "reference", "by", "verdict", "stands", "effect", "low", "high", "seeds",
+    "log_e", "e_value", "reproduced", "decided_at",
+)  # fmt: skip
+AROUND_COLUMNS = (
+    "number", "run", "task", "tier", "society", "agent", "value", "baseline", "others", "outcome",
+    "score", "champion", "variant", "idea",
+)  # fmt: skip
+SPREAD_COLUMNS = (
+    "task", "tier", "variant", "fingerprint", "seeds", "failed", "mean", "sd", "low", "high",
+    "champion",
+)  # fmt: skip
+PAIRED_COLUMNS = (
+    "claim_id", "variant", "reference", "seed", "score", "reference_score", "gain",
+)  # fmt: skip
+BEST_COLUMNS = (
+    "task", "tier", "tier_class", "variant", "fingerprint", "claim_id", "score", "seeds",
+    "verdict", "effect", "low", "high", "runs", "since",
 )  # fmt: skip
 NOISE_COLUMNS = ("task", "tier", "sd", "low", "high", "seeds")
 HIT_COLUMNS = ("similarity", "kind", "ref", "text")
@@ -62,20 +97,25 @@ class Memory:
     """Everything a notebook holds. Open it with `society.memory.open`."""
 
     def __init__(self, path: Path | str, *, lower_is_better: bool = True) -> None:
-        """Open a notebook's folder for reading.
+        """Open a notebook for reading.
 
         Args:
-            path: The folder, e.g. `lab`.
-            lower_is_better: Direction of the metric, for the wording of search results.
+            path: Its folder, e.g. `lab`, also one that shares a ledger with others; or the address
+                of a shared ledger, e.g. `postgresql://ann@db/lab`.
+            lower_is_better: Direction of the metric: what an improvement is.
 
         Raises:
-            NotANotebook: the folder holds none, or one of another version.
+            NotANotebook: there is none, or one of another version.
             NotebookDamaged: the ledger cannot be read.
+            LedgerUnreachable: the server of a shared ledger does not answer.
         """
-        self.folder = NotebookFolder(path).require()
-        self._ledger = Ledger.open(self.folder.ledger, read_only=True)
+        self.folder = None if "://" in str(path) else NotebookFolder(path).require()
+        place = str(path) if self.folder is None else self.folder.ledger
+        self._ledger = Ledger.open(place, read_only=True)
         self._lower_is_better = lower_is_better
-        self._vectors: dict[str, Vectors] = {}
+        self._sign = -1.0 if lower_is_better else 1.0
+        self._vectors: Vectors = np.zeros((0, DIMENSIONS), np.float32)
+        self._rows: dict[str, int] = {}
 
     def close(self) -> None:
         """Close the ledger."""
@@ -126,13 +166,129 @@ class Memory:
         return _frame(map(_fields(INSIGHT_COLUMNS), self._ledger.insights()), INSIGHT_COLUMNS)
 
     def hypotheses(self) -> pd.DataFrame:
-        """One row per hypothesis, in order of posting."""
+        """One row per hypothesis, in order of posting, with what came of it.
+
+        `worth` is priority per cost; `outcome` says e.g. `better`, `within noise` or `waiting`, and
+        `gain` by how much the run that tested it beat the champion of that moment.
+        """
         rows = (
-            _fields(HYPOTHESIS_COLUMNS)(one)
+            _fields(HYPOTHESIS_COLUMNS, without=("outcome", "gain"))(one)
             | {"variant": one.variant.describe(), "state": one.state.value}
-            for one in self._ledger.hypotheses()
+            | {"outcome": tested.fate.value, "gain": tested.delta}
+            for one, tested in sorted(self._tested(), key=lambda pair: pair[0].posted_at)
         )
         return _frame(rows, HYPOTHESIS_COLUMNS)
+
+    def _tested(self) -> Iterator[tuple[Hypothesis, Tested]]:
+        for scope in self._ledger.scopes():
+            noise = self._ledger.noise(scope)
+            yield from outcomes(
+                self._ledger.hypotheses(scope),
+                self._ledger.champions(scope),
+                self._ledger.run,
+                partial(self._ledger.screening_score, scope),
+                noise_sd=None if noise is None else noise.sd,
+                sign=self._sign,
+            )
+
+    def refusals(self) -> pd.DataFrame:
+        """One row per proposal that was not run because of what the notebook knew."""
+        plain = _fields(("society", "agent", "run_id", "note", "refused_at"))
+        rows = (
+            plain(one)
+            | {"reason": one.reason.value, "task": one.variant.task}
+            | {"variant": one.variant.describe(), "fingerprint": one.variant.fingerprint}
+            for one in self._ledger.refusals()
+        )
+        return _frame(rows, REFUSAL_COLUMNS)
+
+    def saved(self) -> pd.DataFrame:
+        """What the refusals saved: one row per reason.
+
+        A run that was not made is taken to cost what the median screening run did.
+        """
+        found = answers.saved_rows(self._ledger.refusals(), self._ledger.runs())
+        return _frame(found, SAVED_COLUMNS)
+
+    def priors(self) -> pd.DataFrame:
+        """One row per result that was brought along from elsewhere; evidence for nothing here."""
+        return _frame(map(_fields(PRIOR_COLUMNS), self._ledger.priors()), PRIOR_COLUMNS)
+
+    def agents(self) -> pd.DataFrame:
+        """One row per agent of each society: what it ran, what it claimed, and what held up.
+
+        `hit_rate` is the share of its decided claims that were accepted and not rolled back, with
+        Wilson's 95 % interval; superseded and open claims do not count.
+        """
+        found = answers.agent_rows(self._ledger.runs(), self._ledger.claims())
+        return _frame(found, AGENT_COLUMNS)
+
+    def support(self) -> pd.DataFrame:
+        """Judged claims and the changes that studies tested, what is supported best first.
+
+        `stands` is whether it was accepted and not rolled back (of a study: replicated). What
+        stands comes first, in it the largest e-value.
+        """
+        ledger = self._ledger
+        found = answers.support_rows(ledger.claims(), ledger.studies(), ledger.runs())
+        return _frame(found, SUPPORT_COLUMNS)
+
+    def around(self, knob: str) -> pd.DataFrame:
+        """Every screening run that changed a knob, and the baseline's own, in order of finishing.
+
+        `value` is missing for the baseline; `others` counts further knobs that were changed too;
+        `champion` says whether the variant is the `present` champion, a `former` one, or neither.
+        """
+        found = answers.around_rows(knob, self._ledger.runs(), self._histories())
+        return _frame(found, AROUND_COLUMNS)
+
+    def spread(self) -> pd.DataFrame:
+        """One row per variant with holdout scores: their mean and standard deviation over seeds.
+
+        `low` and `high` are the chi-square 95 % interval of `sd`; `champion` is whether the variant
+        ever was one. Failed runs have no score and are counted beside.
+        """
+        return _frame(answers.spread_rows(self._ledger.runs(), self._histories()), SPREAD_COLUMNS)
+
+    def paired(self) -> pd.DataFrame:
+        """One row per claim and seed on which both its variant and its reference have a score."""
+        found = answers.paired_rows(self._ledger.claims(), self._ledger.runs(), self._sign)
+        return _frame(found, PAIRED_COLUMNS)
+
+    def best(self) -> pd.DataFrame:
+        """The present champion of each task and tier, with its claim's effect.
+
+        Scores of different tiers are not comparable; `tier_class` groups tiers to be read side by
+        side.
+        """
+        rows = (self._best(scope) for scope in self._ledger.scopes())
+        return _frame([row for row in rows if row is not None], BEST_COLUMNS)
+
+    def _best(self, scope: Scope) -> dict[str, Any] | None:
+        ledger = self._ledger
+        champion = ledger.champion(scope)
+        if champion is None:
+            return None
+        pool = ledger.pool(scope, champion.variant)
+        latest = ledger.runs(scope, last=1)
+        memory = latest[0].environment.mem_bytes if latest else 0
+        claim = None if champion.claim_id is None else ledger.claim(champion.claim_id)
+        judged = _claim_row(claim) if claim is not None else {}
+        return {name: judged.get(name) for name in ("verdict", "effect", "low", "high")} | {
+            "task": scope.task,
+            "tier": scope.tier,
+            "tier_class": tiers.class_of(scope.tier, memory),
+            "variant": champion.variant.describe(),
+            "fingerprint": champion.variant.fingerprint,
+            "claim_id": champion.claim_id,
+            "score": _mean(pool),
+            "seeds": sum(score is not None for score in pool.values()),
+            "runs": sum(ledger.counts(scope).runs.values()),
+            "since": champion.since,
+        }
+
+    def _histories(self) -> dict[Scope, tuple[Champion, ...]]:
+        return {scope: self._ledger.champions(scope) for scope in self._ledger.scopes()}
 
     def activities(self) -> pd.DataFrame:
         """Who did what when, by society."""
@@ -181,16 +337,23 @@ class Memory:
         columns = ("run", "kind", "split", "outcome", "score", *knobs)
         return _frame(rows, columns).set_index("run")
 
-    def search(self, text: str, k: int = 5) -> pd.DataFrame:
+    def search(self, text: str, k: int = 5, where: Filter = ALL) -> pd.DataFrame:
         """The `k` passages of the notebook nearest in meaning to `text`, nearest first.
 
-        The vectors are compared here one by one, without the semantic index, whose folder belongs
-        to the process that runs the society.
+        The vectors are made and compared here one by one, without the semantic index, whose folder
+        belongs to the process that runs the society; only those of passages that pass the filter.
+
+        Args:
+            text: A question, a statement or knob names.
+            k: How many at most.
+            where: Which passages count.
 
         Raises:
+            UnknownName: there is no such kind or outcome.
             RecallUnavailable: the offline embedder's files are missing.
         """
-        passages = list(Prose(self._ledger, lower_is_better=self._lower_is_better).all())
+        prose = Prose(self._ledger, lower_is_better=self._lower_is_better)
+        passages = list(prose.all(where.check()))
         if not passages or k <= 0:
             return _frame([], HIT_COLUMNS)
         near = self._embedded(passages) @ embedder().embed([text])[0]  # (passages,)
@@ -204,10 +367,12 @@ class Memory:
 
     def _embedded(self, passages: Sequence[Passage]) -> Vectors:
         """(passages, 256); what was embedded before is kept."""
-        new = [passage.text for passage in passages if passage.text not in self._vectors]
+        new = dict.fromkeys(one.text for one in passages if one.text not in self._rows)
         if new:
-            self._vectors.update(zip(new, embedder().embed(new), strict=True))
-        return np.stack([self._vectors[passage.text] for passage in passages])
+            known = len(self._rows)
+            self._rows.update((one, known + at) for at, one in enumerate(new))
+            self._vectors = np.vstack([self._vectors, embedder().embed(list(new))])
+        return self._vectors[[self._rows[passage.text] for passage in passages]]
 
 
 def _frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
@@ -218,11 +383,11 @@ def _frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.Data
     return frame
 
 
-def _fields(names: Sequence[str]) -> Any:
-    """A function from a record to a row with these of its fields."""
+def _fields(names: Sequence[str], without: Sequence[str] = ()) -> Any:
+    """A function from a record to a row with these of its fields, but for some."""
 
     def row(record: object) -> dict[str, Any]:
-        return {name: getattr(record, name) for name in names}
+        return {name: getattr(record, name) for name in names if name not in without}
 
     return row
 
