@@ -31,14 +31,15 @@ def open(path: Path | str) -> Memory:
     """Open a notebook for reading, also while a society works in it.
 
     Args:
-        path: The notebook's folder, e.g. `lab`.
+        path: The notebook's folder, e.g. `lab`, or the address of a shared ledger.
 
     Returns:
         Its contents as pandas frames; close it or use it in a `with` block.
 
     Raises:
-        NotANotebook: the folder holds none, or one of another version.
+        NotANotebook: there is none, or one of another version.
         NotebookDamaged: the ledger cannot be read.
+        LedgerUnreachable: the server of a shared ledger does not answer.
     """
     from society.memory.frames import Memory
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from society import provenance
 from society.errors import LeaseError, UsageError
 from society.experiments import gate
 from society.experiments.local import LocalExecutor
@@ -90,7 +91,7 @@ def audit(
         task = load_task(name, str(profile))
         executor = LocalExecutor(name, str(profile), slots, str(record.settings["device"]))
         scope = asyncio.run(_runs(ledger, record, task, executor, seeds, progress))
-        report = build_report(ledger, scope, task, Space.of(task))
+        report = build_report(ledger, scope, task, Space.of(task), record.id)
         markdown, html = write_report(report, folder.report)
         head = report.headline
         if head.gain is None or head.audit is None:
@@ -102,7 +103,7 @@ def audit(
 
 
 def _last_society(ledger: Ledger, folder: NotebookFolder) -> SocietyRecord:
-    records = [record for record in ledger.societies() if not record.is_study]
+    records = [record for record in folder.own(ledger.societies()) if not record.is_study]
     if not records:
         raise UsageError(f"No society has worked in {folder.path} yet.")
     return records[-1]
@@ -126,6 +127,7 @@ async def _runs(
                 f"Nothing has been accepted for {scope.task} on this hardware ({scope.tier}): "
                 "there is no gain to audit."
             )
+        provenance.keep(ledger, task, executor.environment)
         pair = (Variant(task.key), champion.variant)
         wanted = [variant for _ in range(seeds) for variant in pair]
         done = _audited(ledger, scope)

@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from society.cli_common import Opened
     from society.doctor import Check
     from society.memory.folder import NotebookFolder
+    from society.memory.ledger import Ledger
     from society.records import Effect, SocietyRecord
     from society.settings import Settings
 
 DEFAULT_MINUTES = 9
 """The budget of `run` when none is given."""
+OTHERS_SHOWN = 5
+"""Finished societies of other folders that `status` names."""
 BRAIN_WORDS = {"search": "a model-based optimiser; embedded, no key, no network"}
 
 app = typer.Typer(
@@ -126,10 +129,25 @@ def run(
             show_default="2",
         ),
     ] = None,
-    recall: Annotated[
+    knowledge: Annotated[
         str | None,
         typer.Option(
             help="shared, or own: agents know only their own runs.", show_default="shared"
+        ),
+    ] = None,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            help="The semantic index: embedded, off, or a Chroma server's http://host:port.",
+            show_default="embedded",
+        ),
+    ] = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a ledger to share with other folders; remembered in this one. "
+            "postgresql://USER@HOST/DATABASE or sqlite:////ABSOLUTE/PATH.sqlite.",
+            show_default="the folder's own",
         ),
     ] = None,
     lab: Lab = LAB,
@@ -164,12 +182,28 @@ def run(
         "agents": agents, "roles": counts, "extra_roles": tuple(role) if role else None,
         "task": task, "profile": profile, "brain": brain, "seed": seed, "runs": runs,
         "minutes": minutes, "until": until, "slots": slots, "device": device,
-        "patience": patience, "recall": recall,
+        "patience": patience, "knowledge": knowledge, "recall": recall,
     }  # fmt: skip
     settings = _settings(lab, config, given, resume)
+    settings = _joined(lab, settings, ledger)
     live = sys.stdout.isatty() and not plain and not log
     ended = _run(lab, settings, resume=resume, live=live, log=log)
     _summary(ended, lab)
+
+
+def _joined(lab: Path, settings: Settings, ledger: str | None) -> Settings:
+    """The settings, with what the folder remembers of a shared memory; it remembers what is new."""
+    from society.memory.folder import NotebookFolder
+
+    folder = NotebookFolder(lab)
+    if ledger is not None:
+        folder.share(ledger, secret_seed=settings.seed)
+        typer.echo(f"Ledger: {folder.ledger}")
+    if settings.recall.startswith("http"):
+        folder.share(recall=settings.recall)
+    elif folder.shared.recall and "recall" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"recall": folder.shared.recall})
+    return settings
 
 
 def _settings(lab: Path, config: Path | None, given: dict[str, Any], resume: bool) -> Settings:
@@ -207,7 +241,7 @@ def _interrupted(folder: NotebookFolder) -> SocietyRecord | None:
     if not folder.exists():
         return None
     with folder.lock(), Ledger.open(folder.ledger, read_only=True) as ledger:
-        records = [record for record in ledger.societies() if not record.is_study]
+        records = [record for record in folder.own(ledger.societies()) if not record.is_study]
     if records and records[-1].state is not SocietyState.FINISHED:
         return records[-1]
     return None
@@ -276,6 +310,7 @@ def status(lab: Lab = LAB, as_json: Json = False) -> None:
             "noise floor": noise["words"],
             "claims": ", ".join(f"{n} {word}" for word, n in found["claims"].items()),
             "learned": f"{found['insights']} insights, {found['hypotheses']} hypotheses",
+            "saved": found["saved"]["words"],
         }
     )
     for claim in found["under_test"]:
@@ -283,6 +318,7 @@ def status(lab: Lab = LAB, as_json: Json = False) -> None:
             f"  {claim['id']} n={claim['n']} e={claim['e']:.3g} of {claim['e_needed']:.3g} "
             f"p(accept) {claim['p_accept']:.2f}  {claim['change']}"
         )
+    _print_others(found["others"])
     _print_studies(found["studies"])
 
 
@@ -302,13 +338,15 @@ def _print_studies(studies: Sequence[dict[str, Any]]) -> None:
 def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
     from society.live import champion_text, changed, noise_text, snapshot
     from society.roles import BudgetLeft, Charter, View
+    from society.wording import savings_sentence
 
     ledger, record, scope = notebook.ledger, notebook.record, notebook.scope
+    savings = ledger.savings(scope)
     view = View(
         ledger, scope=scope, society=record.id, task=notebook.task, space=notebook.space,
         charter=Charter(), budget=BudgetLeft(0, 0, 0), entropy=0,
     )  # fmt: skip
-    now, counts = snapshot(view, ledger.version()), ledger.counts(scope)
+    now, counts = snapshot(view, ledger.version(), kept=0), ledger.counts(scope)
     return {
         "lab": str(lab),
         "society": record.id,
@@ -340,9 +378,51 @@ def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
         ],
         "insights": counts.insights,
         "hypotheses": sum(counts.hypotheses.values()),
+        "saved": {
+            **plain(savings), "seconds": savings.seconds,
+            "words": savings_sentence(savings) or "no proposal was known before it was run",
+        },
         "leases": counts.leases,
+        "others": _others(lab, ledger, record),
         "studies": studies_of(ledger),
     }  # fmt: skip
+
+
+def _others(lab: Path, ledger: Ledger, record: SocietyRecord) -> list[dict[str, Any]]:
+    """Societies of other folders on the same ledger, with the time of their last activity.
+
+    Nobody can see from here whether their process lives; when it last did something tells.
+    """
+    from society.memory.folder import NotebookFolder
+
+    records = [one for one in ledger.societies() if not one.is_study and one.id != record.id]
+    own = {one.id for one in NotebookFolder(lab).own(records)}
+    found = []
+    for one in (one for one in records if one.id not in own):
+        latest = ledger.activities(one.id, limit=1)
+        seen = latest[0].ended_at if latest else one.started_at
+        found.append(
+            {
+                "id": one.id, "state": one.state.value, "task": one.settings.get("task"),
+                "last_active": seen, "idle_s": max(0.0, ledger.now() - seen),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _print_others(others: Sequence[dict[str, Any]]) -> None:
+    """A line for each that works, the number of those that have ended."""
+    from society.live import clock
+    from society.records import SocietyState
+
+    ended = [one for one in others if one["state"] == SocietyState.FINISHED]
+    for one in others:
+        if one not in ended:
+            ago = clock(one["idle_s"])
+            typer.echo(f"also here: {one['id']} ({one['state']}, last active {ago} ago)")
+    if ended:
+        names = ", ".join(one["id"] for one in ended[-OTHERS_SHOWN:])
+        typer.echo(f"also here: {len(ended)} finished, the latest: {names}")
 
 
 def _state(lab: Path, record: SocietyRecord) -> str:
@@ -350,7 +430,7 @@ def _state(lab: Path, record: SocietyRecord) -> str:
     from society.memory.folder import FileLock, NotebookFolder
     from society.records import SocietyState
 
-    if record.state is not SocietyState.RUNNING:
+    if record.state is not SocietyState.RUNNING or record.home != NotebookFolder(lab).home:
         return record.state.value
     holder = FileLock(NotebookFolder(lab).owner_lock).holder()
     alive = holder is not None and _alive(holder)
@@ -377,7 +457,9 @@ def report(lab: Lab = LAB, as_json: Json = False) -> None:
     from society.wording import headline_sentences
 
     with opened(lab) as notebook:
-        built = build_report(notebook.ledger, notebook.scope, notebook.task, notebook.space)
+        built = build_report(
+            notebook.ledger, notebook.scope, notebook.task, notebook.space, notebook.record.id
+        )
         markdown, html = write_report(built, NotebookFolder(lab).report)
     sentences = headline_sentences(built)
     if as_json:
@@ -440,19 +522,26 @@ def audit(
 @app.command()
 def rerun(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, e.g. r00012.")],
+    recorded_code: Annotated[
+        bool,
+        typer.Option(
+            "--recorded-code", help="Train with the source that made the run, not the installed."
+        ),
+    ] = False,
     lab: Lab = LAB,
     as_json: Json = False,
 ) -> None:
     """Make a recorded run again from what the notebook holds, and compare the bits.
 
-    Nothing is written. Exit code 1 if other bits came in the environment that was recorded.
+    The profile is the recorded one. Nothing is written. Exit code 1 if other bits came in the
+    environment that was recorded.
 
     Example: society rerun r00012 --lab lab
     """
     from society.memory.folder import NotebookFolder
     from society.rerun import rerun as run_again
 
-    found = run_again(NotebookFolder(lab), run_id)
+    found = run_again(NotebookFolder(lab), run_id, recorded_code=recorded_code)
     told = {
         "run": f"{found.run.id} {found.run.variant.describe()}, {found.run.kind.value}",
         "recorded": f"{found.run.outcome.value} {found.run.score}",
@@ -460,9 +549,18 @@ def rerun(
         "verdict": found.verdict,
     }
     if as_json:
-        emit_json({**plain(found), **told, "same": found.same, "reproduced": found.reproduced})
+        emit_json(
+            {
+                **plain(found), **told, "same": found.same, "reproduced": found.reproduced,
+                "differences": found.details, "profile": found.profile,
+            }
+        )  # fmt: skip
     else:
-        emit_fields(told)
+        emit_fields(told | ({"profile": found.profile} if found.profile else {}))
+        for detail in found.details:
+            typer.echo(f"  {detail}")
+        if "code" in found.differences and not found.same and not recorded_code:
+            typer.echo("--recorded-code trains with the source that made the run.")
     if found.reproduced is False:
         raise typer.Exit(1)
 

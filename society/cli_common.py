@@ -29,6 +29,7 @@ class Opened:
 
     ledger: Ledger
     record: SocietyRecord
+    """The folder's last society; the ledger's last one where the folder has had none."""
     scope: Scope
     task: Task
     space: Space
@@ -60,14 +61,15 @@ def opened(lab: Path) -> Iterator[Opened]:
     """
     from society.errors import NotANotebook
     from society.experiments.space import Space
+    from society.memory.folder import NotebookFolder
 
     with reading(lab) as ledger:
-        records = [record for record in ledger.societies() if not record.is_study]
-        scopes = ledger.scopes()
+        everybody = [record for record in ledger.societies() if not record.is_study]
+        records, scopes = NotebookFolder(lab).own(everybody) or everybody, ledger.scopes()
         if not records or not scopes:
             raise NotANotebook(f"No society has worked in the notebook {lab} yet.")
         task = task_of(records[-1])
-        scope = _latest_scope(ledger, scopes, task.key)
+        scope = _latest_scope(ledger, scopes, task.key, records[-1].id)
         yield Opened(ledger, records[-1], scope, task, Space.of(task))
 
 
@@ -80,14 +82,19 @@ def task_of(record: SocietyRecord) -> Task:
     return load_task(name, str(profile))
 
 
-def _latest_scope(ledger: Ledger, scopes: Sequence[Scope], key: str) -> Scope:
-    """The scope of the task's last run; of its baseline while there is none."""
+def _latest_scope(ledger: Ledger, scopes: Sequence[Scope], key: str, society: str) -> Scope:
+    """The scope of the society's last run; before it, of the task's; of its baseline before any."""
     from society.records import SOCIETY_KINDS
 
     mine = [scope for scope in scopes if scope.task == key] or list(scopes)
-    made = {scope: ledger.runs(scope, kinds=SOCIETY_KINDS) for scope in mine}
-    last = {scope: runs[-1].number for scope, runs in made.items() if runs}
-    return max(last, key=lambda scope: last[scope], default=mine[-1])
+    for whose in (society, None):
+        made = {
+            scope: ledger.runs(scope, kinds=SOCIETY_KINDS, society=whose, last=1) for scope in mine
+        }
+        last = {scope: runs[-1].number for scope, runs in made.items() if runs}
+        if last:
+            return max(last, key=lambda scope: last[scope])
+    return mine[-1]
 
 
 def studies_of(ledger: Ledger) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,23 +18,23 @@ from society.cli_common import (
     Lab,
     emit_fields,
     emit_json,
-    finite,
-    plain,
     reading,
-    task_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
 
+    from society.memory.folder import NotebookFolder
     from society.memory.ledger import Ledger
-    from society.records import Scope
+    from society.standings import Standing
 
 LINKS_SHOWN = 20
 """Linked records listed one by one by `show`."""
+ALIKE = 3
+"""Records that read alike, shown by `show`."""
 
 app = typer.Typer(
-    help="Search, show, export and reindex what a notebook holds.",
+    help="Search, show, export, import, upgrade and reindex what a notebook holds.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -44,8 +46,18 @@ def search(
     k: Annotated[int, typer.Option("--k", min=1, help="How many passages at most.")] = 5,
     kind: Annotated[
         str | None,
-        typer.Option(help="Only one kind: run, claim, verdict, hypothesis or insight."),
+        typer.Option(help="Only one kind: run, claim, verdict, hypothesis, insight or prior."),
     ] = None,
+    knob: Annotated[str | None, typer.Option(help="Only what is about this knob.")] = None,
+    outcome: Annotated[
+        str | None,
+        typer.Option(help="Only this outcome, e.g. better, worse, diverged, accepted or open."),
+    ] = None,
+    agent: Annotated[str | None, typer.Option(help="Only records of this agent.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Only from this time on: 2h, 3d ago, or a date (UTC).")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Only before this time.")] = None,
     lab: Lab = LAB,
     as_json: Json = False,
 ) -> None:
@@ -54,16 +66,21 @@ def search(
     Works beside a running society too.
 
     Example: society memory search "what do we know about warm-down?" --k 3
+
+    Example: society memory search "deeper" --knob depth --outcome worse --since 2d
     """
-    hits = _search(lab, text, k, kind)
+    from society.finding import Wanted, find
+
+    wanted = Wanted(kind, knob, outcome, agent, since, until)
+    hits = find(lab, text, k, wanted, partial(typer.echo, err=True))
     if as_json:
-        emit_json(hits)
+        emit_json([asdict(hit) for hit in hits])
         return
     if not hits:
-        typer.echo("Nothing found: the notebook holds no passage of this kind yet.")
+        typer.echo("Nothing found: the notebook holds no such passage yet.")
     for hit in hits:
-        typer.echo(f"{hit['similarity']:.2f}  {hit['kind']} {hit['ref']}")
-        typer.echo(f"      {shorten(_one_line(hit['text']), 400, placeholder=' ...')}")
+        typer.echo(f"{hit.similarity:.2f}  {hit.kind} {hit.ref}")
+        typer.echo(f"      {shorten(_one_line(hit.text), 400, placeholder=' ...')}")
 
 
 @app.command()
@@ -74,56 +91,219 @@ def show(
 ) -> None:
     """Show one record with everything that is linked to it.
 
-    Runs, claims, hypotheses, insights, studies and societies have ids; reports and logs name them.
+    Runs, claims, hypotheses, insights, studies, prior results and societies have ids; reports and
+    logs name them. What it changes, what came of it, what rests on it, and what lies near it, by
+    its numbers and by meaning.
 
     Example: society memory show c0003
     """
+    from society.lookup import lookup
+
     with reading(lab) as ledger:
         found = lookup(ledger, record)
+    linked = dict(found.linked)
+    alike = _alike(lab, found.prose, record)
+    if alike:
+        linked["reads alike"] = alike
     if as_json:
-        emit_json(found)
+        emit_json({"kind": found.kind, "record": found.record, "linked": linked})
         return
-    typer.echo(f"{found['kind']} {record}")
-    _show(found["record"], "  ")
-    for name, links in found["linked"].items():
-        typer.echo(f"{name}")
+    typer.echo(f"{found.kind} {record}")
+    _show(found.record, "  ")
+    for name, links in linked.items():
+        typer.echo(name)
         for link in links[:LINKS_SHOWN]:
-            typer.echo(f"  {_one_line(link)}")
+            typer.echo(f"  {shorten(_one_line(str(link['words'])), 400, placeholder=' ...')}")
         if len(links) > LINKS_SHOWN:
             typer.echo(f"  and {len(links) - LINKS_SHOWN} more (--json has all)")
 
 
 @app.command()
+def best(
+    task: Annotated[
+        str | None, typer.Option(help="Only one task, with or without its profile.")
+    ] = None,
+    lab: Lab = LAB,
+    as_json: Json = False,
+) -> None:
+    """Show the best accepted variant of every task on every hardware tier.
+
+    Scores are compared within one tier only. Tiers are grouped by class: CPUs by instruction set,
+    GPUs by memory (up to 16, 24, 48 GB, and more).
+
+    Example: society memory best --task pretrain
+    """
+    from society.standings import standings
+
+    with reading(lab) as ledger:
+        found = standings(ledger, task)
+    if as_json:
+        emit_json(found)
+        return
+    if not found:
+        typer.echo("Nothing yet: no baseline has been crowned.")
+    for one in found:
+        typer.echo(f"{one.scope.task}  {one.tier_class}  ({one.scope.tier})")
+        emit_fields(_standing(one), "  ")
+
+
+@app.command()
 def export(
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write; standard output if not given.")
+        Path | None,
+        typer.Option("--out", help="File or folder to write; standard output if not given."),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="jsonl (compressed if the name ends in .gz) or parquet."),
+    ] = "jsonl",
+    lab: Lab = LAB,
+) -> None:
+    """Write every record, so that `import` can read it into an empty notebook.
+
+    JSON Lines: a header, then one object per record with its `table`. Parquet: a folder with one
+    file per table. It is one snapshot, also beside a running society. The secret behind the seeds
+    is not written.
+
+    Example: society memory export --out memory.jsonl.gz
+
+    Example: society memory export --format parquet --out memory
+    """
+    from society.errors import UnknownName, UsageError
+    from society.memory.exports import Format
+    from society.memory.folder import NotebookFolder
+    from society.memory.transfer import write_export
+
+    known = [one.value for one in Format]
+    if form not in known:
+        raise UnknownName("format", form, known)
+    if out is None and form != Format.JSONL:
+        raise UsageError("Parquet is a folder of files: name it with --out.")
+    header = write_export(NotebookFolder(lab), out or sys.stdout, Format(form))
+    if out is not None:
+        typer.echo(f"{header.total} records written to {out}")
+
+
+@app.command(name="import")
+def import_(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="An exported memory, or a results.tsv.")
+    ],
+    task: Annotated[
+        str, typer.Option(help="What a results.tsv is about; see `tasks`.")
+    ] = "pretrain",
+    profile: Annotated[
+        str | None, typer.Option(help="Size of that task: a shipped name or a .yaml file.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="What the rows of a results.tsv come from.", show_default="its name"),
     ] = None,
     lab: Lab = LAB,
 ) -> None:
-    """Write every record as JSON Lines, one object with its `kind` per line.
+    """Read an exported memory into an empty notebook, or somebody's results.tsv into any.
 
-    Example: society memory export --out memory.jsonl
+    A memory is checked as a whole: all of it is there afterwards, or nothing. The rows of a
+    results.tsv (commit, val_bpb, memory_gb, status, description) can be searched and are read by
+    agents. They are compared with no run and are evidence for nothing. Repeating is harmless.
+
+    Example: society memory import memory.jsonl.gz --lab copy
+
+    Example: society memory import results.tsv --task pretrain --profile cpu --lab night
     """
-    from society.errors import UsageError
+    from society.memory.exports import is_export, read_header
+    from society.memory.folder import NotebookFolder
+    from society.memory.transfer import read_export
+
+    folder = NotebookFolder(lab)
+    if not is_export(path):
+        typer.echo(_import_results(folder, path, task, profile, source or path.name))
+        return
+    read_header(path)  # before the folder is made
+    with folder.lock():
+        header = read_export(folder, path)
+    typer.echo(f"{header.total} records imported into {lab}, all checked")
+
+
+@app.command()
+def upgrade(lab: Lab = LAB) -> None:
+    """Bring a notebook that an older version of society wrote up to date.
+
+    The ledger is copied first, as ledger.sqlite.schemaN.bak. All that was recorded is kept. Not
+    while a society runs in the folder.
+
+    Example: society memory upgrade --lab lab
+    """
+    from society.memory.folder import NotebookFolder
+    from society.memory.migrations import upgrade as bring_up_to_date
+
+    folder = NotebookFolder(lab).require()
+    with folder.lock():
+        done = bring_up_to_date(folder.ledger)
+    if done.backup is None:
+        typer.echo(f"The notebook {lab} is up to date: its ledger has schema {done.after}.")
+        return
+    typer.echo(f"Upgraded the notebook {lab} from schema {done.before} to {done.after}.")
+    for change in done.changes:
+        typer.echo(f"  {change}")
+    typer.echo(f"The ledger of before is kept as {done.backup}; remove it when all is well.")
+
+
+@app.command()
+def share(
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the ledger: postgresql://USER@HOST/DATABASE or "
+            "sqlite:////ABSOLUTE/PATH.sqlite."
+        ),
+    ] = None,
+    recall: Annotated[
+        str | None, typer.Option(help="Address of a Chroma server: http://HOST:PORT.")
+    ] = None,
+    lab: Lab = LAB,
+) -> None:
+    """Have a folder use a ledger, and an index, that other folders use too.
+
+    All commands then work on the shared memory. `society run --ledger` does the same. Without an
+    option it says what the folder uses.
+
+    Example: society memory share --ledger sqlite:////tmp/shared.sqlite --lab bob
+    """
+    from society.memory.folder import NotebookFolder
+
+    folder = NotebookFolder(lab).share(ledger, recall).require()
+    emit_fields({"ledger": folder.ledger, "recall": folder.recall_address})
+
+
+@app.command()
+def source(
+    name: Annotated[
+        str, typer.Argument(metavar="RUN|DIGEST", help="A run, or a digest that a run names.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="New folder to write to.")],
+    lab: Lab = LAB,
+) -> None:
+    """Write out the code and the profile that a run was made with.
+
+    Compare them with what is installed, or use the profile with `society run --profile`.
+
+    Example: society memory source r00012 --out r12
+    """
+    from society.provenance import Recorded
 
     with reading(lab) as ledger:
-        lines = (json.dumps(finite(one)) for one in everything(ledger))
-        if out is None:
-            for line in lines:
-                typer.echo(line)
-            return
-        try:
-            count = _write(out, lines)
-        except OSError as error:
-            raise UsageError(f"Cannot write {out}: {error.strerror}.") from None
-    typer.echo(f"{count} records written to {out}")
+        recorded = Recorded.named(ledger, name)
+    written = recorded.write(out)
+    typer.echo(f"{len(written)} files written to {out}")
 
 
 @app.command()
 def reindex(lab: Lab = LAB) -> None:
     """Rebuild the semantic index from the ledger, whatever state it is in.
 
-    The ledger holds every fact, so nothing can be lost. Not while a society runs in the folder.
+    The ledger holds every fact, so nothing can be lost. Not while a society runs in the folder,
+    unless the index is on a Chroma server: then all who use it go on with the new one.
 
     Example: society memory reindex --lab lab
     """
@@ -133,199 +313,90 @@ def reindex(lab: Lab = LAB) -> None:
 
     folder = NotebookFolder(lab).require()
     with (
-        folder.lock(),
+        nullcontext() if folder.shared.recall else folder.lock(),
         Ledger.open(folder.ledger) as ledger,
         Recall.rebuild(folder, ledger, lower_is_better=_lower(ledger)) as recall,
     ):
-        count = len(recall)
-    typer.echo(f"{count} passages indexed in {folder.recall}")
-
-
-def _search(lab: Path, text: str, k: int, kind: str | None) -> list[dict[str, Any]]:
-    """By the index; if that is in use or damaged, by comparing with every passage."""
-    from society.errors import RecallUnavailable, UnknownName
-    from society.memory.folder import NotebookFolder
-    from society.memory.ledger import Ledger
-    from society.memory.prose import KINDS
-    from society.memory.recall import Recall
-
-    if kind is not None and kind not in KINDS:
-        raise UnknownName("kind of passage", kind, KINDS)
-    folder = NotebookFolder(lab).require()
-    try:
-        with (
-            Ledger.open(folder.ledger) as ledger,
-            Recall.open(folder, lower_is_better=_lower(ledger)) as recall,
-        ):
-            recall.sync(ledger)
-            hits = recall.search(text, k, None if kind is None else [kind])
-    except RecallUnavailable as error:
-        print(f"note: {error} Searching without it.", file=sys.stderr)
-        return _scan(folder.path, text, k, kind)
-    return [
-        {
-            "similarity": round(hit.similarity, 4),
-            "kind": hit.kind,
-            "ref": hit.metadata["ref"],
-            "text": hit.text,
-        }
-        for hit in hits
-    ]
-
-
-def _scan(path: Path, text: str, k: int, kind: str | None) -> list[dict[str, Any]]:
-    from society.memory.frames import Memory
-
-    with Memory(path) as memory:
-        frame = memory.search(text, k=10**9)
-    if kind is not None:
-        frame = frame[frame["kind"] == kind]
-    rows: list[dict[str, Any]] = frame.head(k).to_dict("records")  # type: ignore[assignment]
-    return rows
+        count, where = len(recall), str(recall)
+    typer.echo(f"{count} passages indexed in {where}")
 
 
 def _lower(ledger: Ledger) -> bool:
     """Whether lower scores are better in the task of the last society."""
-    records = ledger.societies()
-    return not records or task_of(records[-1]).direction.sign < 0
+    from society.finding import lower_is_better
+
+    return lower_is_better(ledger)
 
 
-def everything(ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """Every record as plain values with its kind, parents before children."""
-    for society in ledger.societies():
-        yield _tagged("society", society)
-    for scope in ledger.scopes():
-        where = {"task": scope.task, "tier": scope.tier}
-        yield from (_tagged("champion", one) | where for one in ledger.champions(scope))
-    listings: Mapping[str, Sequence[object]] = {
-        "run": ledger.runs(),
-        "claim": ledger.claims(),
-        "hypothesis": ledger.hypotheses(),
-        "insight": ledger.insights(),
-        "noise": ledger.noise_history(),
-        "study": ledger.studies(),
-    }
-    for kind, records in listings.items():
-        yield from (_tagged(kind, record) for record in records)
-    for society in ledger.societies():
-        for activity in ledger.activities(society.id):
-            yield _tagged("activity", activity) | {"society": society.id}
+def _import_results(
+    folder: NotebookFolder, path: Path, task: str, profile: str | None, source: str
+) -> str:
+    """Take over a results.tsv; what came of it in words."""
+    from society.experiments.task import default_profile, load_task
+    from society.memory.history import bring, read_results
+    from society.memory.ledger import Ledger
 
-
-def _tagged(kind: str, record: object) -> dict[str, Any]:
-    """The record's fields behind its `kind`; a run's own kind is its `purpose`."""
-    values = plain(record)
-    if "kind" in values:
-        values["purpose"] = values.pop("kind")
-    return {"kind": kind, **values}
-
-
-def lookup(ledger: Ledger, identity: str) -> dict[str, Any]:
-    """A record of any kind by its id, and one line for everything that is linked to it.
-
-    Raises:
-        UsageError: There is no such record.
-    """
-    from society.errors import UsageError
-
-    sources: Mapping[str, Sequence[Any]] = {
-        "run": ledger.runs(),
-        "claim": ledger.claims(),
-        "hypothesis": ledger.hypotheses(),
-        "insight": ledger.insights(),
-        "society": ledger.societies(),
-        "study": ledger.studies(),
-    }
-    for kind, records in sources.items():
-        for record in records:
-            if record.id == identity:
-                linked = _linked(ledger, kind, record)
-                filled = {name: links for name, links in linked.items() if links}
-                return {"kind": kind, "record": plain(record), "linked": filled}
-    known = ", ".join(f"{kind} {some[-1].id}" for kind, some in sources.items() if some)
-    raise UsageError(
-        f"No record {identity!r} in this notebook. The latest ones: {known or 'none'}."
+    size = profile or default_profile(task)
+    key = load_task(task, str(size)).key
+    priors = read_results(path, source)
+    settings = {"task": task, "profile": size, "source": source}
+    with folder.lock(), Ledger.open(folder.ledger) as ledger:
+        done = bring(ledger, priors, task_key=key, settings=settings, home=folder.home)
+    known = f", {done.known} were known" if done.known else ""
+    return (
+        f"{done.added} results from {source} added to {folder.path}{known}. They can be searched "
+        "and are read by agents; they are compared with no run and are evidence for nothing."
     )
 
 
-def _linked(ledger: Ledger, kind: str, record: Any) -> dict[str, list[str]]:
-    if kind == "run":
-        return _linked_to_run(ledger, record)
-    if kind == "claim":
-        return _linked_to_claim(ledger, record)
-    if kind == "hypothesis":
-        return {"tested by": _runs(ledger, {record.run_id}) if record.run_id else []}
-    if kind == "study":
-        return {"evidence": _runs(ledger, set(record.evidence))}
-    if kind == "insight":
-        claims = [_claim_line(one) for one in ledger.claims() if one.id in record.evidence]
-        return {"evidence": [*_runs(ledger, set(record.evidence)), *claims]}
-    counts = {
-        "runs": len(ledger.runs(society=record.id)),
-        "claims": sum(one.society == record.id for one in ledger.claims()),
-        "insights": len(ledger.insights(society=record.id)),
-        "hypotheses": len(ledger.hypotheses(society=record.id)),
-    }
-    return {"holds": [f"{count} {name}" for name, count in counts.items()]}
+def _standing(one: Standing) -> dict[str, str]:
+    """One champion in words."""
+    pool, gain, noise = one.pool, one.gain, one.noise
+    score = "not measured"
+    if pool.mean is not None:
+        score = f"{pool.mean:.5f} +- {pool.half_width:.5f} (holdout, {pool.completed} seeds)"
+    told = {"champion": f"{one.champion.number}: {one.champion.variant.describe()}"}
+    if one.champion.claim_id is None:
+        told["claim"] = "none: nothing has been accepted here yet"
+    else:
+        state = "" if one.decision is None else f" {one.decision.value}"
+        told["claim"] = f"{one.champion.claim_id}{state}"
+    told["score"] = score
+    if gain is not None:
+        told["gain"] = f"{gain.shrunken:+.5f}, 95 % interval {gain.low:+.5f} to {gain.high:+.5f}"
+    told["noise"] = "not measured" if noise is None else f"{noise.sd:.5f} ({noise.seeds} seeds)"
+    told["runs"] = str(one.runs)
+    return told
 
 
-def _linked_to_run(ledger: Ledger, run: Any) -> dict[str, list[str]]:
-    def about(claim: Any) -> bool:
-        cited = claim.verdict.runs if claim.verdict else ()
-        return run.id in (claim.screening_run, *cited) or run.claim_id == claim.id
+def _alike(lab: Path, text: str, identity: str) -> list[dict[str, Any]]:
+    """Other records that read alike, while the semantic index is free; none while it is not."""
+    from society.errors import RecallUnavailable
+    from society.memory.folder import NotebookFolder
+    from society.memory.ledger import Ledger
+    from society.memory.recall import Recall
 
-    hypotheses = [one for one in ledger.hypotheses() if one.run_id == run.id]
-    insights = [one for one in ledger.insights() if run.id in one.evidence]
-    same = {one.id for one in ledger.runs(variant=run.variant) if one.id != run.id}
-    return {
-        "claims": [_claim_line(claim) for claim in ledger.claims() if about(claim)],
-        "hypotheses": [f"{one.id} {one.statement}" for one in hypotheses],
-        "insights": [f"{one.id} {one.text}" for one in insights],
-        "runs of the same variant": _runs(ledger, same),
-        "studies": [
-            f"{one.id} {one.kind}: {one.title}"
-            for one in ledger.studies()
-            if run.id in one.evidence
-        ],
-        "champion": _crowned(ledger, run.variant.fingerprint),
-    }
-
-
-def _linked_to_claim(ledger: Ledger, claim: Any) -> dict[str, list[str]]:
-    made_for = {run.id for run in ledger.runs() if run.claim_id == claim.id}
-    cited = set(claim.verdict.runs) if claim.verdict else set()
-    return {
-        "screening run (never evidence)": _runs(ledger, {claim.screening_run}),
-        "runs made for it": _runs(ledger, made_for),
-        "other runs of the verdict": _runs(ledger, cited - made_for),
-        "champion": _crowned(ledger, claim.variant.fingerprint),
-        "insights": [
-            f"{one.id} {one.text}" for one in ledger.insights() if claim.id in one.evidence
-        ],
-    }
-
-
-def _runs(ledger: Ledger, ids: set[Any]) -> list[str]:
+    if not text.strip(" ."):
+        return []
+    folder = NotebookFolder(lab).require()
+    try:
+        with (
+            Ledger.open(folder.ledger) as ledger,
+            Recall.open(folder, ledger, lower_is_better=_lower(ledger)) as recall,
+        ):
+            hits = recall.search(text, ALIKE + 1)
+    except RecallUnavailable:
+        return []
+    others = [hit for hit in hits if hit.ref != identity][:ALIKE]
     return [
-        f"{run.id} {run.kind.value} by {run.agent}, seed {run.seed}: "
-        f"{run.outcome.value if run.score is None else run.score} ({run.variant.describe()})"
-        for run in ledger.runs()
-        if run.id in ids
+        {
+            "id": hit.ref,
+            "kind": hit.kind,
+            "similarity": round(hit.similarity, 4),
+            "words": f"{hit.similarity:.2f} {hit.kind} {hit.ref}: {hit.text}",
+        }
+        for hit in others
     ]
-
-
-def _claim_line(claim: Any) -> str:
-    state = claim.verdict.decision.value if claim.verdict else "open"
-    return f"{claim.id} {state}: {claim.variant.describe()} beats {claim.reference.describe()}"
-
-
-def _crowned(ledger: Ledger, fingerprint: str) -> list[str]:
-    def entries(scope: Scope) -> Iterator[str]:
-        for one in ledger.champions(scope):
-            if one.variant.fingerprint == fingerprint:
-                yield f"#{one.number} on {scope.task}, {scope.tier}"
-
-    return [words for scope in ledger.scopes() for words in entries(scope)]
 
 
 def _show(values: Mapping[str, Any], indent: str) -> None:
@@ -350,12 +421,3 @@ def _short(value: Any) -> str:
 def _one_line(text: str) -> str:
     """Without line breaks and control characters: a log tail is whatever a candidate printed."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _write(out: Path, lines: Iterator[str]) -> int:
-    count = 0
-    with out.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line + "\n")
-            count += 1
-    return count

@@ -183,9 +183,10 @@ def _post_failure(desk: Desk, finding: Finding, failed: Sequence[Run], planted: 
 
 def _recalled(desk: Desk, folder: NotebookFolder, variant: Variant) -> bool | None:
     """Whether a question about the recipe finds that it failed; None while the index is down."""
+    ledger = desk.bench.ledger
     try:
-        with Recall.open(folder, lower_is_better=desk.direction < 0) as recall:
-            recall.sync(desk.bench.ledger)
+        with Recall.open(folder, ledger, lower_is_better=desk.direction < 0) as recall:
+            recall.sync(ledger)
             hits = recall.search(f"What happened with {variant.describe()}?", k=HITS)
     except RecallUnavailable:
         return None

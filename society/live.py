@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from society.records import SOCIETY_KINDS, Decision
+from society.exchange import outcomes
+from society.records import SOCIETY_KINDS, Decision, HypothesisState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
 
     from society.agents.laboratory import Doing, Laboratory
+    from society.exchange import Tested
     from society.experiments.gate import Assessment
-    from society.records import Champion, Claim, Insight, Noise, Run, Variant
+    from society.records import Champion, Claim, Hypothesis, Insight, Noise, Run, Variant
     from society.roles.base import BudgetLeft
     from society.roles.view import View
 
@@ -39,6 +41,8 @@ WIDE = 120
 """Columns from which the live view stands in two columns."""
 KEPT = 30
 """Recent runs, verdicts and insights that a snapshot keeps."""
+IDEAS = 5
+"""Recently published hypotheses that were tested, which a snapshot keeps."""
 GOOD = (Decision.ACCEPTED, Decision.CONFIRMED)
 
 
@@ -76,19 +80,20 @@ class Snapshot:
     noise: Noise | None
     under_test: tuple[UnderTest, ...]
     closed: tuple[Claim, ...]
-    """Claims with a verdict, in order of deciding, the latest `KEPT`."""
+    """Claims with a verdict, in order of deciding, the latest."""
     insights: tuple[Insight, ...]
+    tested: tuple[tuple[Hypothesis, Tested], ...]
+    """The latest hypotheses that were tested, and what came out."""
     runs: tuple[Run, ...]
     accepted: int
     rejected: int
     """Claims of the notebook by verdict; roll-backs count as rejected."""
 
 
-def snapshot(view: View, version: int) -> Snapshot:
-    """Read everything that the displays show from the notebook."""
+def snapshot(view: View, version: int, *, kept: int = KEPT) -> Snapshot:
+    """Read everything that the displays show from the notebook; `kept` of what is recent."""
     champion = view.champion
-    closed = [claim for claim in view.claims if claim.verdict is not None]
-    closed.sort(key=lambda claim: claim.verdict.decided_at if claim.verdict else 0.0)
+    decided = view.ledger.decisions(view.scope)
     scores = _scores(view, champion.variant)
     return Snapshot(
         version=version,
@@ -101,11 +106,26 @@ def snapshot(view: View, version: int) -> Snapshot:
         under_test=tuple(
             UnderTest(claim, view.assessments[claim.id]) for claim in view.open_claims
         ),
-        closed=tuple(closed[-KEPT:]),
-        insights=view.ledger.insights(view.scope)[-KEPT:],
-        runs=view.ledger.runs(view.scope, kinds=SOCIETY_KINDS)[-KEPT:],
-        accepted=sum(claim.verdict_is(*GOOD) for claim in closed),
-        rejected=sum(claim.verdict_is(Decision.REJECTED, Decision.ROLLED_BACK) for claim in closed),
+        closed=view.ledger.closed_claims(view.scope, last=kept),
+        insights=view.ledger.insights(view.scope, last=kept),
+        tested=_tested(view, min(IDEAS, kept)),
+        runs=view.ledger.runs(view.scope, kinds=SOCIETY_KINDS, last=kept),
+        accepted=sum(decided[decision] for decision in GOOD),
+        rejected=decided[Decision.REJECTED] + decided[Decision.ROLLED_BACK],
+    )
+
+
+def _tested(view: View, count: int) -> tuple[tuple[Hypothesis, Tested], ...]:
+    """The latest hypotheses that were tested; reads all screening runs, unless none is wanted."""
+    if not count:
+        return ()
+    return outcomes(
+        view.ledger.hypotheses(view.scope, state=HypothesisState.TESTED, last=count),
+        view.ledger.champions(view.scope),
+        view.ledger.run,
+        lambda variant: view.board.score(variant.fingerprint),
+        noise_sd=view.noise.sd if view.noise else None,
+        sign=float(view.task.direction.sign),
     )
 
 
@@ -374,14 +394,18 @@ def _claim_row(one: UnderTest) -> Text:
 
 
 def news_rows(notebook: Snapshot, limit: int) -> list[Text]:
-    """Verdicts and insights, then runs, newest first, sharing the lines."""
+    """Verdicts, insights and tested hypotheses, then runs, newest first, sharing the lines."""
     verdicts = [_verdict_row(claim) for claim in reversed(notebook.closed)]
     insights = [
         line(("insight ", "magenta"), printable(one.text)) for one in reversed(notebook.insights)
     ]
     runs = [_run_row(run, notebook.unit) for run in reversed(notebook.runs)]
     share = max(1, limit // 3)
-    chosen = [*verdicts[:share], *insights[:share]]
+    ideas = [
+        line((f"{one.id} ", "cyan"), printable(outcome.describe()))
+        for one, outcome in reversed(notebook.tested)
+    ]
+    chosen = [*verdicts[:share], *insights[:share], *ideas[: share // 2]]
     return [*chosen, *runs[: max(0, limit - len(chosen))]][: max(1, limit)]
 
 

@@ -32,6 +32,7 @@ from society.wording import (
     number,
     overrides_text,
     reproduction,
+    savings_sentence,
     shape_of_run,
 )
 
@@ -111,6 +112,7 @@ def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
         closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
         shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
         shown_failures=report.failures[:FAILURES_SHOWN],
+        saved=savings_sentence(report.savings),
         dead_ends=[describe_dead_end(end) for end in report.dead_ends],
         script=reproduction(report),
         script_run=shape_of_run(report),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from society.exchange import Fate, Tested, outcomes
 from society.experiments import gate
 from society.experiments.effects import DeadEnd, KnobEffect, dead_ends, knob_effects
 from society.experiments.space import Space
@@ -28,12 +29,12 @@ from society.records import (
     Effect,
     Environment,
     Hypothesis,
-    HypothesisState,
     Insight,
     Noise,
     Outcome,
     Run,
     RunKind,
+    Savings,
     Scope,
     SocietyRecord,
     Variant,
@@ -140,6 +141,29 @@ class AgentWork:
 
 
 @dataclass(frozen=True, slots=True)
+class Idea:
+    """A hypothesis, who published it, who tested it, and what came out."""
+
+    hypothesis: Hypothesis
+    outcome: Tested
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody has tested or dropped it."""
+        return self.outcome.fate in (Fate.WAITING, Fate.TESTING)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether it was closed without a test."""
+        return self.outcome.fate is Fate.DROPPED
+
+    @property
+    def tested(self) -> bool:
+        """Whether a run has tested it."""
+        return not (self.waits or self.dropped)
+
+
+@dataclass(frozen=True, slots=True)
 class CostLine:
     """What one kind of run cost in total."""
 
@@ -174,18 +198,22 @@ class Report:
     effects: tuple[KnobEffect, ...]
     dead_ends: tuple[DeadEnd, ...]
     insights: tuple[Insight, ...]
-    hypotheses: tuple[Hypothesis, ...]
-    """Open ones, highest priority first."""
+    hypotheses: tuple[Idea, ...]
+    """All of them: what waits first, by worth; then in order of posting."""
     agents: tuple[AgentWork, ...]
     noise: Noise | None
     costs: tuple[CostLine, ...]
     """By kind of run; the total comes last."""
+    society: str
+    """Whose report it is; empty for the notebook's."""
     societies: tuple[SocietyRecord, ...]
     environments: tuple[Environment, ...]
     runs: tuple[Run, ...]
     """All runs in order of finishing."""
     champions: tuple[tuple[Champion, Pool], ...]
     activities: tuple[Activity, ...]
+    savings: Savings
+    """What was not run because of what was known."""
 
     def decided(self, *decisions: Decision) -> tuple[Finding, ...]:
         """The findings closed in one of these ways."""
@@ -197,8 +225,18 @@ class Report:
         return tuple(finding for finding in self.findings if finding.decision is None)
 
 
-def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Report:
-    """Everything the ledger knows about one task on one tier, as it is now. Only reads."""
+def build_report(
+    ledger: Ledger, scope: Scope, task: Task, space: Space, society: str = ""
+) -> Report:
+    """Everything the ledger knows about one task on one tier, as it is now. Only reads.
+
+    Args:
+        ledger: What is reported on.
+        scope: Task and tier.
+        task: The task of the scope.
+        space: Its search space.
+        society: Whose report it is, by id, where several worked on this task.
+    """
     runs = ledger.runs(scope, kinds=SOCIETY_KINDS)
     claims = tuple(ledger.claims(scope))
     champions = _champions(ledger, scope)
@@ -223,15 +261,17 @@ def build_report(ledger: Ledger, scope: Scope, task: Task, space: Space) -> Repo
         effects=knob_effects(runs, space, {}, task.direction),
         dead_ends=dead_ends(runs, space, {}, task.direction),
         insights=tuple(ledger.insights(scope)),
-        hypotheses=_open_hypotheses(ledger.hypotheses(scope)),
+        hypotheses=_ideas(ledger, scope, task),
         agents=_agents(societies, ledger, runs, claims),
         noise=ledger.noise(scope),
         costs=_costs(runs),
+        society=society,
         societies=societies,
         environments=_environments(runs),
         runs=runs,
         champions=champions,
         activities=activities,
+        savings=ledger.savings(scope),
     )
 
 
@@ -256,7 +296,8 @@ def _loads_as(task: Task) -> str:
     return f"{type(task).__module__}:{type(task).__qualname__}"
 
 
-def _pool(ledger: Ledger, scope: Scope, variant: Variant) -> Pool:
+def pool_of(ledger: Ledger, scope: Scope, variant: Variant) -> Pool:
+    """A variant's holdout scores on the verification seeds of one task and tier."""
     from scipy.special import stdtrit
 
     found = ledger.pool(scope, variant)
@@ -271,7 +312,8 @@ def _pool(ledger: Ledger, scope: Scope, variant: Variant) -> Pool:
 
 
 def _champions(ledger: Ledger, scope: Scope) -> tuple[tuple[Champion, Pool], ...]:
-    return tuple((entry, _pool(ledger, scope, entry.variant)) for entry in ledger.champions(scope))
+    history = ledger.champions(scope)
+    return tuple((entry, pool_of(ledger, scope, entry.variant)) for entry in history)
 
 
 def _headline(
@@ -284,12 +326,12 @@ def _headline(
     societies: Sequence[SocietyRecord],
 ) -> Headline:
     base = Variant(task=task.key)
-    entry, champion = champions[-1] if champions else (None, _pool(ledger, scope, base))
+    entry, champion = champions[-1] if champions else (None, pool_of(ledger, scope, base))
     decisions = Counter(claim.verdict.decision for claim in claims if claim.verdict is not None)
     busy = [(s.busy, s.wall_s) for s in societies if s.busy is not None and s.wall_s > 0]
     weight = math.fsum(wall for _, wall in busy)
     return Headline(
-        baseline=_pool(ledger, scope, base),
+        baseline=pool_of(ledger, scope, base),
         champion=champion,
         champion_number=entry.number if entry is not None else 0,
         gain=_gain(
@@ -420,9 +462,19 @@ def _certified(claims: Sequence[Claim]) -> frozenset[str]:
     )
 
 
-def _open_hypotheses(hypotheses: Iterable[Hypothesis]) -> tuple[Hypothesis, ...]:
-    still = [h for h in hypotheses if h.state is not HypothesisState.TESTED]
-    return tuple(sorted(still, key=lambda h: (-h.priority, h.posted_at, h.id)))
+def _ideas(ledger: Ledger, scope: Scope, task: Task) -> tuple[Idea, ...]:
+    noise = ledger.noise(scope)
+    found = outcomes(
+        ledger.hypotheses(scope),
+        ledger.champions(scope),
+        ledger.run,
+        lambda variant: ledger.screening_score(scope, variant),
+        noise_sd=noise.sd if noise else None,
+        sign=float(task.direction.sign),
+    )
+    ideas = [Idea(hypothesis, outcome) for hypothesis, outcome in found]
+    waiting = sorted((one for one in ideas if one.waits), key=lambda one: -one.hypothesis.worth)
+    return (*waiting, *(one for one in ideas if not one.waits))
 
 
 def _agents(

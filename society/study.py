@@ -21,10 +21,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from society.errors import AlreadyRun, ExecutorError, StudyStopped, UsageError
+from society import provenance
+from society.errors import AlreadyLeased, AlreadyRun, ExecutorError, StudyStopped, UsageError
 from society.experiments.local import LocalExecutor
 from society.experiments.space import Space
 from society.experiments.task import default_profile, load_task
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 LEASE_S = 120.0
 """Seconds a lease lives without a heartbeat; heartbeats come three times as often."""
+OTHERS_S = 1.0
+"""Seconds between looks at a run that another folder makes."""
 HOLDER = "study"
 
 Progress = Callable[[int, int], None]
@@ -194,14 +196,22 @@ class Workbench:
         )
 
     async def _make(self, job: Job) -> Run:
+        """The recorded result, or a new one; waits for another folder that makes the same run."""
+        while True:
+            try:
+                async with self._turn:
+                    return await self._made(job)
+            except AlreadyLeased:
+                await asyncio.sleep(OTHERS_S)
+
+    async def _made(self, job: Job) -> Run:
         """The recorded result, or lease and run until there is one: a crash is tried again."""
-        async with self._turn:
-            while True:
-                try:
-                    lease = self._lease(job)
-                except AlreadyRun as known:
-                    return self.ledger.run(known.run_id)
-                await self._perform(lease)
+        while True:
+            try:
+                lease = self._lease(job)
+            except AlreadyRun as known:
+                return self.ledger.run(known.run_id)
+            await self._perform(lease)
 
     def _lease(self, job: Job) -> Lease:
         if self.draining:
@@ -276,9 +286,10 @@ async def workbench(
         _interruptible(executor) as stop,
     ):
         await executor.start()
-        record = _open_record(ledger, settings)
+        record = _open_record(folder, ledger, settings)
         scope = Scope(loaded.key, executor.environment.tier)
         _require_environment(ledger, scope, executor.environment)
+        provenance.keep(ledger, loaded, executor.environment)
         bench = Workbench(ledger, scope, loaded, record, executor)
         stop.watch(bench)
         with _kept(ledger, record, executor):
@@ -286,20 +297,15 @@ async def workbench(
         await executor.close()
 
 
-def _open_record(ledger: Ledger, settings: Mapping[str, object]) -> SocietyRecord:
-    """The record to work under: that of the same command before, if there is one.
-
-    The caller owns the notebook, so every old lease is dead.
-    """
-    mine = None
-    for record in ledger.societies():
-        if record.state is SocietyState.RUNNING:
-            ledger.set_society_state(record.id, SocietyState.STOPPED)
-        ledger.release_all(record.id)
-        if dict(record.settings) == dict(settings):
-            mine = record
-    if mine is None:
-        return ledger.start_society(0, settings)
+def _open_record(
+    folder: NotebookFolder, ledger: Ledger, settings: Mapping[str, object]
+) -> SocietyRecord:
+    """The record to work under: that of the same command in this folder before, if there is one."""
+    folder.end_sessions(ledger)
+    same = [one for one in folder.own(ledger.societies()) if dict(one.settings) == dict(settings)]
+    if not same:
+        return ledger.start_society(0, settings, home=folder.home)
+    mine = same[-1]
     ledger.set_society_state(mine.id, SocietyState.RUNNING)
     return ledger.society(mine.id)
 
@@ -307,12 +313,7 @@ def _open_record(ledger: Ledger, settings: Mapping[str, object]) -> SocietyRecor
 def _require_environment(ledger: Ledger, scope: Scope, now: Environment) -> None:
     """Refuse to put a study together from runs of different programs or machines."""
     for run in ledger.runs(scope, kinds=[RunKind.STUDY]):
-        if run.environment != now:
-            odd = [
-                f.name
-                for f in fields(now)
-                if getattr(run.environment, f.name) != getattr(now, f.name)
-            ]
+        if odd := run.environment.differs(now):
             raise UsageError(
                 f"The study runs in this notebook were made in another environment (different: "
                 f"{', '.join(odd)}), and their scores cannot be mixed with new ones. Use another "

@@ -11,10 +11,10 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from society.records import Outcome
+from society.records import Outcome, RefusalReason
 
 if TYPE_CHECKING:
-    from society.records import Effect, Run, Variant
+    from society.records import Effect, Run, Savings, Variant
     from society.report import Report
 
 MESSAGE_CHARS = 240
@@ -44,7 +44,19 @@ def headline_sentences(report: Report) -> tuple[str, ...]:
             f"Best screening score: {number(best.score)} {unit} (run {best.id}, one seed, "
             "validation split): not verified, and selected as the best of many."
         )
+    if report.society and len(report.societies) > 1:
+        sentences.append(_share_sentence(report))
     return tuple(sentences)
+
+
+def _share_sentence(report: Report) -> str:
+    """Which part of it is the society's own."""
+    own = sum(run.society == report.society for run in report.runs)
+    others = ", ".join(one.id for one in report.societies if one.id != report.society)
+    return (
+        f"Society {report.society} made {own} of the {len(report.runs)} runs; the others are by "
+        f"{others}, on the same ledger and with the same champion."
+    )
 
 
 def _accepted_sentence(report: Report) -> str:
@@ -79,6 +91,27 @@ def _gain_sentence(name: str, effect: Effect, unit: str, seeds: str) -> str:
         f"{name}: {delta(effect.mean)} {unit}, anytime-valid 95 % interval {interval(effect)}, "
         f"shrunken estimate {delta(effect.shrunken)}, paired on {effect.seeds} {seeds}."
     )
+
+
+def savings_sentence(savings: Savings) -> str:
+    """What the notebook saved, in one sentence; empty if it saved nothing."""
+    if not savings.proposals:
+        return ""
+    words = {
+        RefusalReason.DUPLICATE: "duplicate",
+        RefusalReason.NEAR_DUPLICATE: "near-duplicate",
+        RefusalReason.DEAD_END: "dead end",
+    }
+    parts = ", ".join(_counted(savings.refused[reason], word) for reason, word in words.items())
+    were = "proposals were" if savings.proposals != 1 else "proposal was"
+    return (
+        f"{savings.proposals} {were} not run because the notebook already knew ({parts}), "
+        f"about {_counted(savings.runs, 'run')} = {duration(savings.seconds)} saved."
+    )
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 # ------------------------------------------------------------------------------------ numbers

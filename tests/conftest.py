@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import subprocess
@@ -14,6 +15,10 @@ import hypothesis
 import numpy as np
 import pytest
 import pytest_socket
+from chroma import chroma_server
+from postgres import postgres_server, postgres_url
+
+__all__ = ["chroma_server", "postgres_server", "postgres_url"]
 
 LOOPBACK = ["127.0.0.1", "::1"]
 _CACHE = pytest.StashKey[str]()
@@ -82,6 +87,19 @@ def small_lab(tmp_path_factory):
     assert (done.code, done.err) == (0, "")
     (lab / "stdout.txt").write_text(done.out)
     return lab
+
+
+@pytest.fixture(scope="session", name="unpack")
+def _unpack():
+    """Lay a stored ledger of a schema version into a folder: (version, folder) -> folder."""
+
+    def unpack(version, folder):
+        folder.mkdir(parents=True)
+        packed = Path(__file__).parent / "data" / f"ledger-v{version}.sqlite.xz"
+        (folder / "ledger.sqlite").write_bytes(lzma.decompress(packed.read_bytes()))
+        return folder
+
+    return unpack
 
 
 @pytest.fixture(scope="session", name="plain_best_fit")

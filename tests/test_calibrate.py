@@ -316,8 +316,8 @@ def test_the_command(cli, tmp_path):
     exported = cli("memory", "export", "--out", tmp_path / "all.jsonl", "--lab", lab)
     assert exported.code == 0
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
-    kinds = [json.loads(line)["kind"] for line in lines]
-    assert (kinds.count("study"), kinds.count("run")) == (1, 32)
+    tables = [json.loads(line)["table"] for line in lines[1:]]
+    assert (tables.count("studies"), tables.count("runs")) == (1, 32)
 
 
 def knowledge(lab):

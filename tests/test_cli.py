@@ -187,20 +187,22 @@ def test_memory_show_links_a_run_to_everything(cli, small_lab):
 
 def test_memory_show_of_every_exported_record(cli, small_lab):
     _, out, _ = cli("memory", "export", "--lab", small_lab)
-    records = [json.loads(line) for line in out.splitlines()]
-    kinds = {record["kind"] for record in records}
-    assert {"society", "run", "champion", "noise", "activity"} <= kinds
-    last = {record["kind"]: record["id"] for record in records if "id" in record}
-    for kind, identity in last.items():
+    header, *records = [json.loads(line) for line in out.splitlines()]
+    assert header["format"] == "society memory"
+    tables = {record["table"] for record in records}
+    assert {"societies", "runs", "champions", "noise", "activities"} <= tables
+    kinds = {"runs": "run", "claims": "claim", "insights": "insight", "societies": "society"}
+    last = {record["table"]: record["id"] for record in records if record["table"] in kinds}
+    for table, identity in last.items():
         code, out, _ = cli("memory", "show", identity, "--lab", small_lab)
-        assert (code, out.splitlines()[0]) == (0, f"{kind} {identity}")
+        assert (code, out.splitlines()[0]) == (0, f"{kinds[table]} {identity}")
 
 
 def test_memory_export_to_a_file(cli, small_lab, tmp_path):
     code, out, _ = cli("memory", "export", "--out", tmp_path / "all.jsonl", "--lab", small_lab)
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
     assert code == 0
-    assert out.startswith(f"{len(lines)} records")
+    assert out.startswith(f"{len(lines) - 1} records")
 
 
 def test_unknown_records_and_kinds(cli, small_lab):
@@ -412,3 +414,40 @@ def test_the_live_view_on_a_terminal(tmp_path):
     assert process.returncode == 0, text
     assert b"Claims under test" in text
     assert b"report.html" in text
+
+
+# ------------------------------------------------------------------------- memory search: filters
+
+
+def test_memory_search_filters(cli, lab_copy):
+    def found(*options):
+        code, out, _ = cli("memory", "search", "learning rate", "--k", 200, "--json", *options,
+                           "--lab", lab_copy)  # fmt: skip
+        assert code == 0
+        return {(hit["kind"], hit["ref"]) for hit in json.loads(out)}
+
+    everything = found()
+    worse = found("--outcome", "worse", "--knob", "lr")
+    assert worse
+    assert worse < found("--knob", "lr") < everything
+    assert worse == found("--outcome", "worse", "--knob", "lr", "--kind", "run", "--since", "1d")
+    assert found("--until", "1d") == set()
+    assert found("--since", "2020-01-01", "--until", "2h") == set()
+    agents = [found("--agent", f"a0{number}") for number in range(1, 5)]
+    assert set.union(*agents) == everything
+    assert sum(map(len, agents)) == len(everything)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kind", "rum"), "Did you mean 'run'"),
+        (("--knob", "dept"), "Did you mean 'depth'"),
+        (("--outcome", "wors"), "Did you mean 'worse'"),
+        (("--since", "yesterday"), "--since 'yesterday' is no time"),
+    ],
+)
+def test_memory_search_names_what_it_does_not_know(cli, small_lab, options, words):
+    code, _, err = cli("memory", "search", "x", *options, "--lab", small_lab)
+    assert code == 2
+    assert words in err

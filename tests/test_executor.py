@@ -77,10 +77,16 @@ def gone(pid, within_s=5.0):
     return not alive(pid)
 
 
+def workers(*, recursive=False):
+    """The worker processes under this one, which has other children as well."""
+    children = psutil.Process().children(recursive=recursive)
+    return [child for child in children if "society.experiments.worker" in child.cmdline()]
+
+
 async def family_of(size):
-    """This process's descendants, once there are as many as expected."""
+    """This process's workers, once there are as many as expected."""
     deadline = time.monotonic() + 10
-    while len(found := psutil.Process().children(recursive=True)) != size:
+    while len(found := workers(recursive=True)) != size:
         assert time.monotonic() < deadline, found
         await asyncio.sleep(0.02)
     return found
@@ -298,7 +304,7 @@ def test_a_dead_loop_is_restarted_once():
     async def main():
         async with running() as executor:
             await executor.run(bad())
-            (zygote,) = psutil.Process().children()
+            (zygote,) = workers()
             for loop in zygote.children():
                 loop.kill()
             revived = await executor.run(bad(seed=3))
@@ -313,7 +319,7 @@ def test_a_dead_loop_is_restarted_once():
 def test_a_dead_zygote_ends_the_executor():
     async def main():
         async with running() as executor:
-            psutil.Process().children()[0].kill()
+            workers()[0].kill()
             with pytest.raises(ExecutorError):
                 await executor.run(bad())
 

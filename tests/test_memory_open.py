@@ -133,7 +133,7 @@ def test_search_needs_no_index(lab):
             recall.sync(ledger)
             found = recall.search("deeper network", k=1)[0]
             best = memory.search("deeper network", k=1).iloc[0]
-            assert (best["kind"], best["ref"]) == (found.kind, found.metadata["ref"])
+            assert (best["kind"], best["ref"]) == (found.kind, found.ref)
             assert best["similarity"] == pytest.approx(found.similarity, abs=1e-5)
 
 

@@ -164,7 +164,7 @@ def test_progress_counts_up_and_says_what_was_decided(done):
     assert counted[-1].done == counted[-1].most
     news = " ".join(now.news for now in seen)
     assert "rate: lr=0.08: replicated" in news
-    assert "society 1 of 1, recall own" in news
+    assert "society 1 of 1, knowledge own" in news
 
 
 def test_the_report_is_two_files_that_need_nothing_else(done):

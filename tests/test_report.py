@@ -30,8 +30,10 @@ from society.records import (
     NewClaim,
     NewHypothesis,
     NewInsight,
+    NewRefusal,
     Noise,
     Outcome,
+    RefusalReason,
     Run,
     RunKind,
     Scope,
@@ -50,6 +52,7 @@ from society.wording import (
     interval,
     number,
     reproduction,
+    savings_sentence,
 )
 
 HOSTILE = (
@@ -476,3 +479,38 @@ def test_runs_on_an_accelerator_report_their_throughput(lab, tmp_path):
         words = page.read_text()
         assert "42.5 % of the card" in words
         assert "at most 3.0 GiB of its memory" in words
+
+
+# ------------------------------------------------------------------------------------ savings
+
+
+def refuse(lab, reason, **overrides):
+    lab.commit(NewRefusal(lab.variant(overrides), reason, None, "known"), role="experimenter")
+
+
+def test_what_was_not_run_is_counted_from_the_ledger(lab):
+    cost = Cost(wall_s=30.0)
+    for overrides in ({}, {"lr": 0.08}, {"depth": 3}):
+        lab.screen(overrides, measurement=Measurement(Outcome.COMPLETED, 1.8, cost))
+    assert "not run because" not in render(lab.report(), "md", {})
+    refuse(lab, RefusalReason.DUPLICATE, lr=0.08)
+    refuse(lab, RefusalReason.DUPLICATE, lr=0.08)
+    refuse(lab, RefusalReason.NEAR_DUPLICATE, lr=0.081)
+    refuse(lab, RefusalReason.DEAD_END, lr=0.5)
+    refuse(lab, RefusalReason.DEAD_END, lr=0.6)
+    refuse(lab, RefusalReason.SAME_IDEA, lr=0.7)
+    lab.screen({"lr": 0.6}, measurement=Measurement(Outcome.COMPLETED, 1.9, cost))
+    savings = lab.report().savings
+    assert savings.proposals == 5
+    assert savings.runs == 3, "lr=0.08 counts once, and lr=0.6 was run after all"
+    assert (savings.run_s, savings.seconds) == (30.0, 90.0)
+    assert lab.ledger.savings(Scope("synthetic/quick", "elsewhere")).proposals == 0
+    sentence = (
+        "5 proposals were not run because the notebook already knew (2 duplicates, "
+        "1 near-duplicate, 2 dead ends), about 3 runs = 1 min 30 s saved."
+    )
+    assert savings_sentence(savings) == sentence
+    html = render(lab.report(), "html", {})
+    assert sentence in html
+    assert "is a forecast" in html
+    assert "is a forecast" in render(lab.report(), "md", {})

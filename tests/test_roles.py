@@ -26,7 +26,7 @@ from society.records import (
     Outcome as Ended,
 )
 from society.roles import BudgetLeft, Charter, View, load_role
-from society.roles.experimenter import Experimenter, is_new
+from society.roles.experimenter import Experimenter
 from society.roles.statistician import Statistician, end_probation, judge
 from society.roles.verifier import Verifier
 
@@ -181,15 +181,6 @@ def test_a_brain_sees_no_seed_and_no_verification(opened):
     for which in SeedList:
         for seed in scene.ledger.seeds(which, SCOPE, 12):
             assert str(seed) not in told
-
-
-def test_what_is_known_or_pending_is_not_new(scene):
-    scene.screen(scene.variant(depth=2), 1.7)
-    known = scene.view().knowledge()
-    assert not is_new(scene.variant(depth=2), known)
-    assert not is_new(scene.variant(depth="2", lr=0.04), known)
-    assert is_new(scene.variant(depth=2, lr=0.0401), known)
-    assert not is_new(scene.variant(depth=2, lr=0.0401), known, tolerance=0.02)
 
 
 # ------------------------------------------------------------------------------ verifier
