@@ -341,9 +341,9 @@ def test_a_cursor_never_moves_backwards(tmp_path, kind, request):
     url = request.getfixturevalue("postgres_url") if kind == "postgres" else None
     with Ledger.open(url or tmp_path / "ledger.sqlite") as ledger:
         assert ledger.cursor("recall:x") == 0
-        for seq in (7, 3, 9, 9):
+        for seq, reached in ((7, 7), (3, 7), (9, 9), (9, 9)):
             ledger.set_cursor("recall:x", seq)
-        assert ledger.cursor("recall:x") == 9
+            assert ledger.cursor("recall:x") == reached
         assert ledger.cursor("recall:y") == 0
 
 
