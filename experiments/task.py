@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from importlib import import_module, resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -321,13 +322,19 @@ def load_task(name: str, profile: str) -> Task:
     return _factory(name)(profile)
 
 
+@cache
+def _installed(name: str) -> str | None:
+    """Where an installed task lies; kept, as each look reads the metadata of every package."""
+    return next((entry.value for entry in entry_points(group=GROUP, name=name)), None)
+
+
 def _factory(name: str) -> Callable[[str], Task]:
     module, colon, attribute = name.partition(":")
     if not colon:
-        found = entry_points(group=GROUP, name=name)
-        if not found:
+        place = _installed(name)
+        if place is None:
             raise UnknownName("task", name, [*known_tasks(), "module:Class"])
-        module, _, attribute = next(iter(found)).value.partition(":")
+        module, _, attribute = place.partition(":")
     try:
         return cast(Callable[[str], Task], getattr(import_module(module), attribute))
     except ModuleNotFoundError as error:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from society.cli_common import Opened
     from society.doctor import Check
     from society.memory.folder import NotebookFolder
-    from society.memory.ledger import Ledger
     from society.records import Effect, SocietyRecord
     from society.settings import Settings
 
@@ -383,22 +382,18 @@ def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
             "words": savings_sentence(savings) or "no proposal was known before it was run",
         },
         "leases": counts.leases,
-        "others": _others(lab, ledger, record),
+        "others": _others(notebook),
         "studies": studies_of(ledger),
     }  # fmt: skip
 
 
-def _others(lab: Path, ledger: Ledger, record: SocietyRecord) -> list[dict[str, Any]]:
+def _others(notebook: Opened) -> list[dict[str, Any]]:
     """Societies of other folders on the same ledger, with the time of their last activity.
 
     Nobody can see from here whether their process lives; when it last did something tells.
     """
-    from society.memory.folder import NotebookFolder
-
-    records = [one for one in ledger.societies() if not one.is_study and one.id != record.id]
-    own = {one.id for one in NotebookFolder(lab).own(records)}
-    found = []
-    for one in (one for one in records if one.id not in own):
+    ledger, found = notebook.ledger, []
+    for one in notebook.others:
         latest = ledger.activities(one.id, limit=1)
         seen = latest[0].ended_at if latest else one.started_at
         found.append(

@@ -33,6 +33,8 @@ class Opened:
     scope: Scope
     task: Task
     space: Space
+    others: tuple[SocietyRecord, ...]
+    """Societies of other folders on the same ledger, without studies."""
 
 
 @contextmanager
@@ -65,12 +67,15 @@ def opened(lab: Path) -> Iterator[Opened]:
 
     with reading(lab) as ledger:
         everybody = [record for record in ledger.societies() if not record.is_study]
-        records, scopes = NotebookFolder(lab).own(everybody) or everybody, ledger.scopes()
+        own, scopes = NotebookFolder(lab).own(everybody), ledger.scopes()
+        records = own or everybody
         if not records or not scopes:
             raise NotANotebook(f"No society has worked in the notebook {lab} yet.")
         task = task_of(records[-1])
         scope = _latest_scope(ledger, scopes, task.key, records[-1].id)
-        yield Opened(ledger, records[-1], scope, task, Space.of(task))
+        known = {one.id for one in (*own, records[-1])}
+        others = tuple(one for one in everybody if one.id not in known)
+        yield Opened(ledger, records[-1], scope, task, Space.of(task), others)
 
 
 def task_of(record: SocietyRecord) -> Task:
