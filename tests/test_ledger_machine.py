@@ -1019,6 +1019,9 @@ MUST_HAPPEN = {
 """What chance must have come across, or the run has shown less than it seems to."""
 
 
+@pytest.mark.parametrize(
+    "places", ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_ledger_agrees_with_the_model(places: Places, request: pytest.FixtureRequest) -> None:
     fast = "sqlite" in request.node.name
     reached = explore(places, examples=24 if fast else 8, steps=40)

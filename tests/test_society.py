@@ -259,6 +259,7 @@ def wait_for_runs(folder, count, process):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_five_kills_lose_and_repeat_nothing(tmp_path):
     rng, total, seen = random.Random(1), 80, {}
     for attempt in range(5):
