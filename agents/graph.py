@@ -24,7 +24,7 @@ from society.agents.codec import dump_duty, dump_entry, load_duty, load_entry
 from society.agents.laboratory import Bench, Doing, Laboratory
 from society.errors import ExecutorError, InvariantViolated, LeaseError, SocietyError
 from society.records import Activity, NewRefusal
-from society.roles.base import Duty, Outcome, Role
+from society.roles.base import Duty, Interrupted, Outcome, Role
 
 if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -95,7 +95,8 @@ async def choose(state: State, runtime: Runtime[Agent]) -> State:
 async def perform(state: State, runtime: Runtime[Agent]) -> State:
     """Do it; what goes wrong for understood reasons becomes a note."""
     agent, duty = runtime.context, load_duty(state["duty"] or {})
-    laboratory, bench = agent.laboratory, Bench(agent.laboratory, agent.name)
+    laboratory = agent.laboratory
+    bench = Bench(laboratory, agent.name, needs_slot=duty.needs_slot)
     laboratory.sign_up(duty)
     agent.show(Doing(duty.role, duty.kind, duty.why, time.monotonic()))
     outcome = Outcome(note="interrupted")
@@ -104,7 +105,7 @@ async def perform(state: State, runtime: Runtime[Agent]) -> State:
     finally:
         found = [one for one in outcome.entries if not isinstance(one, NewRefusal)]
         fruitful = bool(found or bench.runs_made)
-        laboratory.sign_off(duty, fruitful=fruitful)
+        laboratory.sign_off(duty, fruitful=fruitful, committed=bool(bench.runs_made))
         agent.show(Doing(since=time.monotonic()))
     entries = laboratory.unsaid(outcome.entries)
     return {"entries": [dump_entry(entry) for entry in entries], "note": outcome.note}
@@ -117,6 +118,9 @@ async def _attempt(agent: Agent, duty: Duty, bench: Bench) -> Outcome:
     except (LeaseError, InvariantViolated) as error:
         log.info("duty lapsed", reason=str(error))
         return Outcome(note=f"lapsed: {error}")
+    except Interrupted as stopped:
+        log.info("duty given up", reason=str(stopped))
+        return Outcome(note=f"given up: {stopped}")
     except ExecutorError:
         raise
     except Exception as error:

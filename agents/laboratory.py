@@ -8,24 +8,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from society import exchange, logs
+from society.provenance import keep_patch
 from society.records import (
     Decision,
     HypothesisState,
     NewHypothesis,
     RunKind,
     SocietyState,
+    Trial,
     Work,
 )
-from society.roles.base import BudgetLeft
+from society.roles.base import Background, BudgetLeft, Interrupted
 from society.roles.novelty import Archive, unsaid
 from society.roles.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from society.agents.floor import Floor
     from society.agents.recollection import Recollection
@@ -38,14 +40,17 @@ if TYPE_CHECKING:
     from society.records import (
         Entry,
         Hypothesis,
+        Insight,
         Lease,
         Run,
         Scope,
         SocietyRecord,
         Variant,
     )
-    from society.roles.base import Brain, Charter, Duty, Knowledge, Role
+    from society.roles.base import Brain, Charter, Duty, Knowledge, Proposal, Role
     from society.settings import Settings
+
+T = TypeVar("T")
 
 LEASE_S = 120.0
 """Seconds a lease lives without a heartbeat; heartbeats come three times as often."""
@@ -55,6 +60,10 @@ SEARCH_KINDS = (
 """Runs that a society's next steps may depend on."""
 FIRST_GUESS_S = 5.0
 """Assumed duration of a run until the first one has finished."""
+STORYTELLER = "narrator"
+"""Who tells a society's story at its end."""
+TOLD = 8
+"""Latest claims, insights, refusals and failed runs, and nearest passages, that a brain is told."""
 
 
 @dataclass(slots=True)
@@ -94,6 +103,8 @@ class Laboratory:
         self.doing: dict[str, Doing] = {}
         self.draining = False
         self._tickets = 0
+        self._undecided = 0
+        self._thoughts: set[asyncio.Future[Any]] = set()
         self._crews: Counter[tuple[str, str, str]] = Counter()
         self._dry: dict[tuple[str, str, str], int] = {}
         self._surveys: dict[str, tuple[View, list[Duty]]] = {}
@@ -153,6 +164,13 @@ class Laboratory:
         """What an agent that waits is doing."""
         return Doing(since=time.monotonic())
 
+    def drain(self) -> None:
+        """Begin nothing any more: runs under way are finished, thoughts are given up."""
+        self.draining = True
+        for thought in self._thoughts:
+            thought.cancel()
+        self.floor.poke()
+
     # ---------------------------------------------------------------- survey
 
     def view(self) -> View:
@@ -205,16 +223,24 @@ class Laboratory:
             return False
         if not duty.needs_slot:
             return True
-        return view.budget.runs > 0 and self._tickets < self.capacity
+        return view.budget.runs > self._undecided and self._tickets < self.capacity
 
     @property
     def capacity(self) -> int:
         """Runs that may be under way or queued.
 
         One run beside each two slots waits its turn, so that no slot idles while an agent thinks;
-        none does with a single slot, which makes such a society repeatable.
+        none does with a single slot, which makes such a society repeatable. Where thinking takes as
+        long as a run, as with a language model, every agent may be at it.
         """
+        if self.thinks_slowly:
+            return max(self.settings.agents, self.executor.slots)
         return self.executor.slots + self.executor.slots // 2
+
+    @property
+    def thinks_slowly(self) -> bool:
+        """Whether others go on while an agent waits for its brain."""
+        return bool(getattr(self.brain, "slow", False))
 
     @property
     def room(self) -> int:
@@ -255,14 +281,20 @@ class Laboratory:
     # ---------------------------------------------------------------- crews and tickets
 
     def sign_up(self, duty: Duty) -> None:
-        """Count an agent into a duty's crew, and its run against the capacity."""
+        """Count an agent into a duty's crew, and its run against the capacity and the budget."""
         self._crews[duty.key] += 1
         self._tickets += duty.needs_slot
+        self._undecided += duty.needs_slot
 
-    def sign_off(self, duty: Duty, *, fruitful: bool) -> None:
+    def committed(self) -> None:
+        """An agent that signed up has leased its run: the notebook counts it from now on."""
+        self._undecided -= 1
+
+    def sign_off(self, duty: Duty, *, fruitful: bool, committed: bool = True) -> None:
         """Undo `sign_up`; a fruitless duty is not offered again until another run has finished."""
         self._crews[duty.key] -= 1
         self._tickets -= duty.needs_slot
+        self._undecided -= duty.needs_slot and not committed
         if not fruitful:
             self._dry[duty.key] = self.view().budget.spent_runs
 
@@ -301,6 +333,84 @@ class Laboratory:
         )  # fmt: skip
         return run
 
+    # ---------------------------------------------------------------- thoughts
+
+    async def aside(self, thought: Awaitable[T]) -> T:
+        """Await something slow while others have the floor; given up when the society stops.
+
+        Raises:
+            Interrupted: The society stops.
+        """
+        job = asyncio.ensure_future(thought)
+        if self.draining:
+            job.cancel()
+        self._thoughts.add(job)
+        self.floor.leave()
+        try:
+            await asyncio.wait({job})
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        finally:
+            self._thoughts.discard(job)
+            await self.floor.come_back()
+        if self.draining or job.cancelled():
+            if not job.cancelled():
+                job.exception()  # nobody else will look at it
+            raise Interrupted("The society stops.")
+        return job.result()
+
+    async def trial(self, variant: Variant) -> Trial:
+        """Try a code change for a few steps, aside."""
+        tried: Trial = await self.aside(self.executor.trial(variant))
+        if tried.problem:
+            self._log.info("code not run", variant=variant.describe(), reason=tried.problem)
+        return tried
+
+    def background(self, agent: str | None) -> Background:
+        """What a brain that reads is told besides; of one agent alone, if it works on its own."""
+        view, task = self.view(), self.task
+        shared = agent is None
+        better = "lower" if task.direction.sign < 0 else "higher"
+        budget = f"{task.budget.amount:g} {task.budget.kind.value}"
+        failed = [run for run in view.screenings if run.score is None]
+        refusals = [one for one in self.ledger.refusals(self.scope) if shared or one.agent == agent]
+        waiting = self.waiting() if shared else ()
+        return Background(
+            about=f"{task.metric}: what is improved, in {task.unit}; {better} is better. "
+            f"The task is {task.key}; every training may spend {budget}.",
+            budget=view.budget,
+            noise=view.noise,
+            sources=dict(task.sources()) if hasattr(task, "sources") else {},
+            champions=tuple(
+                (one, view.board.score(one.variant.fingerprint))
+                for one in self.ledger.champions(self.scope)
+            ),
+            claims=view.claims[-TOLD:] if shared else (),
+            hypotheses=tuple(waiting),
+            insights=self._insights() if shared else (),
+            refusals=tuple(refusals[-TOLD:]),
+            failed=tuple([run for run in failed if shared or run.agent == agent][-TOLD:]),
+            recalled=tuple(self._recalled(waiting)) if shared else (),
+        )
+
+    def waiting(self) -> Sequence[Hypothesis]:
+        """Open hypotheses, those with most value per cost first."""
+        waiting = self.ledger.hypotheses(self.scope, state=HypothesisState.OPEN)
+        return sorted(waiting, key=lambda one: -one.worth)
+
+    def _insights(self) -> tuple[Insight, ...]:
+        """The latest; not the stories that were told of finished societies."""
+        latest = self.ledger.insights(self.scope, last=2 * TOLD)
+        return tuple(one for one in latest if one.author != STORYTELLER)[-TOLD:]
+
+    def _recalled(self, waiting: Sequence[Hypothesis]) -> Sequence[Hit]:
+        """The nearest passages to the champion and the best open idea; no story among them."""
+        champion = self.view().champion.variant.describe()
+        text = " ".join([f"What improves {champion}?", *(one.statement for one in waiting[:1])])
+        hits = self.search(text, 2 * TOLD)
+        return [hit for hit in hits if hit.passage.agent != STORYTELLER][:TOLD]
+
     # ---------------------------------------------------------------- recall
 
     async def remember(self) -> None:
@@ -316,9 +426,10 @@ class Laboratory:
 class Bench:
     """One agent's place in the laboratory; implements `society.roles.Lab`."""
 
-    def __init__(self, laboratory: Laboratory, agent: str) -> None:
-        """Seat `agent` in `laboratory`."""
+    def __init__(self, laboratory: Laboratory, agent: str, *, needs_slot: bool = False) -> None:
+        """Seat `agent` in `laboratory`; `needs_slot` if its duty is to make a run."""
         self._lab = laboratory
+        self.needs_slot = needs_slot
         self.agent = agent
         self.brain = laboratory.brain
         self.runs_made = 0
@@ -328,9 +439,43 @@ class Bench:
         """The notebook as it is now."""
         return self._lab.view()
 
+    async def propose(self, knowledge: Knowledge) -> Proposal:
+        """See `Lab.propose`."""
+        if not self._lab.thinks_slowly:
+            return await self.brain.propose(knowledge)
+        return await self.aside(self.brain.propose(knowledge))
+
+    async def aside(self, thought: Awaitable[T]) -> T:
+        """See `Lab.aside`."""
+        self._say("thinks")
+        found = await self._lab.aside(thought)
+        trouble = getattr(self.brain, "trouble", "")
+        self._say(f"by search: {trouble}" if trouble else "has thought")
+        self._check_room()
+        return found
+
+    async def trial(self, variant: Variant) -> Trial:
+        """See `Lab.trial`."""
+        self._say("tries its code")
+        tried = await self._lab.trial(variant)
+        self._check_room()
+        return tried
+
+    def _say(self, what: str) -> None:
+        """Tell the live view."""
+        doing = self._lab.doing.get(self.agent)
+        if doing is not None:
+            self._lab.doing[self.agent] = replace(doing, why=what)
+
+    def _check_room(self) -> None:
+        """Whoever has a ticket and has not begun its run may find the budget spent by now."""
+        if self.needs_slot and not self.runs_made and self.view.budget.runs <= 0:
+            raise Interrupted("The budget was spent meanwhile.")
+
     async def screen(self, variant: Variant, idea: str) -> Run:
         """See `Lab.screen`."""
         lab = self._lab
+        keep_patch(lab.ledger, lab.task, variant)
         lease = lab.ledger.lease_screening(
             lab.scope, lab.record.id,
             holder=self.agent, variant=variant, idea=idea, ttl_s=LEASE_S,
@@ -356,7 +501,11 @@ class Bench:
 
     def knowledge(self) -> Knowledge:
         """See `Lab.knowledge`."""
-        return self.view.knowledge(None if self._shared else self.agent)
+        alone = None if self._shared else self.agent
+        known = replace(self.view.knowledge(alone), agent=self.agent)
+        if not self._lab.thinks_slowly:
+            return known
+        return replace(known, background=self._lab.background(alone))
 
     def archive(self) -> Archive:
         """See `Lab.archive`."""
@@ -370,9 +519,7 @@ class Bench:
         """See `Lab.open_hypotheses`."""
         if not self._shared:  # they are distilled from everybody's runs
             return ()
-        lab = self._lab
-        waiting = lab.ledger.hypotheses(lab.scope, state=HypothesisState.OPEN)
-        return sorted(waiting, key=lambda one: -one.worth)
+        return self._lab.waiting()
 
     def take(self, hypothesis_id: str) -> Hypothesis:
         """See `Lab.take`."""
@@ -390,5 +537,7 @@ class Bench:
         return self._lab.settings.knowledge == "shared"
 
     async def _run(self, lease: Lease) -> Run:
+        if self.needs_slot and not self.runs_made:
+            self._lab.committed()
         self.runs_made += 1
         return await self._lab.execute(lease)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from society.errors import InvalidVariant
@@ -54,10 +55,13 @@ class SearchBrain:
 
     async def propose(self, knowledge: Knowledge) -> Proposal:
         """The next variant to screen; new and valid unless the space is exhausted."""
+        if not knowledge.space.knobs:
+            return Proposal(knowledge.champion, "There is no knob to vary.")
         rng = random.Random(knowledge.entropy)
-        count = knowledge.tried + len(knowledge.pending)
         known = {result.variant.fingerprint for result in knowledge.results}
         known |= {variant.fingerprint for variant in knowledge.pending}
+        knowledge = with_champions_code(knowledge)
+        count = knowledge.tried + len(knowledge.pending)
         proposal = self._propose(knowledge, count, rng)
         for _ in range(ATTEMPTS):
             if proposal is not None and _is_new(proposal.variant, known, knowledge.known):
@@ -67,7 +71,8 @@ class SearchBrain:
 
     def _propose(self, knowledge: Knowledge, count: int, rng: random.Random) -> Proposal | None:
         if count < STARTUP:
-            return _mutate(knowledge, Variant(knowledge.task), rng, changes=rng.randint(2, 5))
+            plain = Variant(knowledge.task, patch=knowledge.champion.patch)
+            return _mutate(knowledge, plain, rng, changes=rng.randint(2, 5))
         if count % LOCAL_EVERY == 0:
             return _mutate(knowledge, best_of(knowledge), rng, changes=rng.randint(1, 2))
         return _model_based(knowledge, rng)
@@ -75,6 +80,21 @@ class SearchBrain:
 
 def _is_new(variant: Variant, *known: Container[str]) -> bool:
     return not any(variant.fingerprint in marks for marks in known)
+
+
+def with_champions_code(knowledge: Knowledge) -> Knowledge:
+    """What is known of variants with the champion's code; the rest tells nothing about its knobs.
+
+    A change of code is carried along with every proposal and never made or undone here.
+    """
+    code = knowledge.champion.code
+    results = tuple(one for one in knowledge.results if one.variant.code == code)
+    return replace(
+        knowledge,
+        results=results,
+        pending=tuple(one for one in knowledge.pending if one.code == code),
+        count=knowledge.tried - (len(knowledge.results) - len(results)),
+    )
 
 
 def best_of(knowledge: Knowledge) -> Variant:
@@ -93,7 +113,7 @@ def _mutate(
     space = knowledge.space
     names = rng.sample(sorted(space.knobs), min(changes, len(space.knobs)))
     drawn = {name: _draw(space, name, parent, rng) for name in names}
-    variant = _build(space, knowledge.task, {**parent.overrides, **drawn})
+    variant = _build(knowledge, {**parent.overrides, **drawn})
     if variant is None:
         return None
     told = ", ".join(f"{name}={value}" for name, value in sorted(drawn.items()))
@@ -121,11 +141,14 @@ def choices_of(knob: Knob, example: Scalar) -> tuple[Scalar, ...]:
     return knob.choices
 
 
-def _build(space: Space, task: str, overrides: dict[str, Scalar]) -> Variant | None:
-    """The variant, without the knob that makes it impossible; None if there is no repair."""
+def _build(knowledge: Knowledge, overrides: dict[str, Scalar]) -> Variant | None:
+    """The variant with the champion's code, without the knob that makes it impossible.
+
+    None if there is no repair.
+    """
     for _ in range(4):
         try:
-            return space.variant(task, overrides)
+            return knowledge.space.variant(knowledge.task, overrides, knowledge.champion.patch)
         except InvalidVariant as error:
             if error.knob not in overrides:
                 return None
@@ -140,7 +163,7 @@ def _model_based(knowledge: Knowledge, rng: random.Random) -> Proposal | None:
     changes = sorted(name for name, value in wanted.items() if value != present[name])
     taken = rng.sample(changes, min(len(changes), rng.randint(*TAKEN)))
     overrides = {**best, **{name: wanted[name] for name in taken}}
-    variant = _build(knowledge.space, knowledge.task, overrides)
+    variant = _build(knowledge, overrides)
     if variant is None:
         return None
     return Proposal(variant, f"Model-based, on {knowledge.tried} results.")

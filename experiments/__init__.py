@@ -11,6 +11,9 @@
     placement   which accelerator each slot works on
     synthetic   a task for tests and documentation, milliseconds per run
     pretrain    the reference workload: GPT pre-training, bits per byte
+    script      any repository with a training command and a metric
+    scriptfile  what its profile says, checked
+    snapshot    the files of a repository as they were at the start
     findings    published findings as data
     verdicts    the rules by which the replication of a finding is judged
 

@@ -95,11 +95,12 @@ def knob_effects(
     space: Space,
     reference_overrides: Mapping[str, Scalar],
     direction: Direction,
+    code: str | None = None,
 ) -> tuple[KnobEffect, ...]:
     """What each knob of the space does, over all screening runs.
 
     Only runs that can be compared are used: those of the most common task, tier, budget and split,
-    without a code patch.
+    with one and the same code.
 
     Args:
         runs: Any runs; only screening runs are used.
@@ -107,12 +108,13 @@ def knob_effects(
         reference_overrides: Overrides of the variant the effects are compared with; `{}` for the
             baseline.
         direction: Which way of the metric is better.
+        code: `Variant.code` of the runs to use; None for those without a patch.
 
     Returns:
         One effect per knob, in the order of the space; none without a comparable run. A knob that
         was never varied has `runs == 0` and the verdict `too few runs`.
     """
-    table = _Table.of(runs, space, reference_overrides, direction)
+    table = _Table.of(runs, space, reference_overrides, direction, code)
     if not table.completed:
         return ()
     fit = _fit(table) if len(table.completed) > MIN_SPARE else None
@@ -124,6 +126,7 @@ def dead_ends(
     space: Space,
     reference_overrides: Mapping[str, Scalar],
     direction: Direction,
+    code: str | None = None,
     *,
     min_runs: int = 3,
     max_chance: float = 0.02,
@@ -140,6 +143,7 @@ def dead_ends(
         space: The search space.
         reference_overrides: Overrides of the variant that stands for "unchanged".
         direction: Which way of the metric is better.
+        code: `Variant.code` of the runs to use; None for those without a patch.
         min_runs: Fewest runs in a region.
         max_chance: Largest `DeadEnd.chance` reported; 1 for none. A knob without any effect shows
             three bad runs in a row one time in eight, hence a default that asks for six.
@@ -147,7 +151,7 @@ def dead_ends(
     Returns:
         The widest dead region per knob and side, most certain first.
     """
-    table = _Table.of(runs, space, reference_overrides, direction)
+    table = _Table.of(runs, space, reference_overrides, direction, code)
     worse = _worse_than_contemporaries(table)
     found = []
     for name in space.knobs:
@@ -206,8 +210,9 @@ class _Table:
         space: Space,
         reference_overrides: Mapping[str, Scalar],
         direction: Direction,
+        code: str | None,
     ) -> _Table:
-        usable = _comparable(runs)
+        usable = _comparable(runs, code)
         base = {name: space.default(name) for name in space.knobs}
         reference = base | {k: v for k, v in reference_overrides.items() if k in space.knobs}
         values = {run.id: base | dict(run.variant.overrides) for run in usable}
@@ -231,13 +236,13 @@ class _Table:
         return [i for i, run in enumerate(runs) if self.values[run.id][knob] != same]
 
 
-def _comparable(runs: Iterable[Run]) -> list[Run]:
-    """Screening runs of the most common stratum, in order of finishing."""
+def _comparable(runs: Iterable[Run], code: str | None) -> list[Run]:
+    """Screening runs with one code, of the most common stratum, in order of finishing."""
     usable = [
         run
         for run in runs
         if run.kind is RunKind.SCREENING
-        and run.variant.patch is None
+        and run.variant.code == code
         and (run.outcome is Outcome.DIVERGED or _finite(run.score))
         and run.outcome in (Outcome.COMPLETED, Outcome.DIVERGED)
     ]

@@ -18,10 +18,21 @@ from society.experiments.space import Space
 from society.experiments.task import Diverged, Refused, Role, Task, TrainReport
 from society.model import device as devices
 from society.model.device import arithmetic, identify, is_out_of_memory
-from society.records import Budget, BudgetKind, Cost, Environment, Measurement, Outcome, Work
+from society.records import (
+    Budget,
+    BudgetKind,
+    Cost,
+    Environment,
+    Measurement,
+    Outcome,
+    Trial,
+    Variant,
+    Work,
+)
 
 CURVE_POINTS = 64
 TAIL_CHARS = 2_000
+NO_SANDBOX = "The variant changes code, and this executor has no sandbox for code."
 
 
 class Executor(Protocol):
@@ -58,6 +69,12 @@ class Executor(Protocol):
 
     async def run(self, work: Work) -> Measurement:
         """Execute one piece of work when a slot is free."""
+
+    async def trial(self, variant: Variant) -> Trial:
+        """Try a variant's code change for a few steps, before a run is spent on it.
+
+        It takes a slot like a run, and whatever goes wrong with it is the trial's `problem`.
+        """
 
     async def close(self) -> None:
         """Let the accepted work finish, then stop the workers. May be called again."""
@@ -113,6 +130,10 @@ class InlineExecutor:
         check_budget(work.budget, report)
         return report, check_score(self.task.score(scratch, recipe, work.split, self.device))
 
+    async def trial(self, variant: Variant) -> Trial:
+        """There is no sandbox here."""
+        return Trial(NO_SANDBOX)
+
     async def close(self) -> None:
         """Nothing is left running."""
 
@@ -127,12 +148,15 @@ def train(task: Task, recipe: object, work: Work, scratch: Path, device: str) ->
     return task.train(recipe, work.seed, work.budget, scratch, device, data_seed=work.data_seed)
 
 
-def recipe_of(task: Task, work: Work) -> object:
-    """The recipe to train. Raises `Refused` for foreign work, code changes, impossible shapes."""
+def recipe_of(task: Task, work: Work, *, code: bool = False) -> object:
+    """The recipe to train. Raises `Refused` for foreign work, impossible shapes, code changes.
+
+    The latter only where there is no sandbox for them; `code` says that there is one.
+    """
     if work.variant.task != task.key:
         raise Refused(f"The work is for task {work.variant.task!r}; this executor runs {task.key}.")
-    if work.variant.patch is not None:
-        raise Refused("The variant changes code, and this executor has no sandbox for code.")
+    if work.variant.patch is not None and not code:
+        raise Refused(NO_SANDBOX)
     try:
         return Space.of(task).recipe(work.variant)
     except InvalidVariant as error:

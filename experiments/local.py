@@ -21,22 +21,37 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from society import logs
 from society.errors import ExecutorError
+from society.experiments import foreign, patches
 from society.experiments.executor import TAIL_CHARS, cost_of
 from society.experiments.placement import place
-from society.experiments.task import Role, TrainReport
-from society.experiments.worker import HEADER, Message, Order, pack
+from society.experiments.processes import HEADER, Message, pack
+from society.experiments.sandbox import Level
+from society.experiments.task import TrainReport
+from society.experiments.worker import DISK_BYTES, ROLES, Order, Post
 from society.model.device import ISA_VARIABLES, Card
-from society.records import Environment, Measurement, Outcome, Work
+from society.records import (
+    Budget,
+    BudgetKind,
+    Environment,
+    Measurement,
+    Outcome,
+    Split,
+    Trial,
+    Variant,
+    Work,
+)
 
 MODULE = "society.experiments.worker"
 START_S = 1_800.0
 """Longest start: the first one prepares the data."""
 STOP_S = 10.0
 """How long an idle worker may take to leave before it is killed."""
+KILL_S = 2.0
+"""How long one that is told to stop at once may take."""
 KEPT = (
     "PATH", "HOME", "USER", "TMPDIR", "TZ", "SYSTEMROOT", "VIRTUAL_ENV", "SOCIETY_CACHE", "CC",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", *ISA_VARIABLES,
@@ -56,6 +71,10 @@ class _Gone(Exception):
     """The process at the other end of a link ended."""
 
 
+class _DiedTwice(ExecutorError):
+    """A loop died while it worked, was started again, and died again."""
+
+
 class _Link:
     """One socket to a worker process; messages go back and forth in turns."""
 
@@ -65,10 +84,14 @@ class _Link:
         self.in_use = False
         """Whether somebody waits for a message; closing it under them would strand them."""
 
-    async def ask(self, message: Message) -> Message:
-        """Send a request and wait for its answer. Raises `_Gone`."""
+    async def ask(self, message: Message, handles: Sequence[int] = ()) -> Message:
+        """Send a request, with descriptors if need be, and wait for its answer. Raises `_Gone`."""
+        data = pack(message)
         try:
-            await asyncio.get_running_loop().sock_sendall(self._socket, pack(message))
+            if handles:  # they travel with the first bytes
+                socket.send_fds(self._socket, [data[:HEADER]], list(handles))
+                data = data[HEADER:]
+            await asyncio.get_running_loop().sock_sendall(self._socket, data)
         except OSError as error:
             raise _Gone from error
         return await self.receive()
@@ -119,7 +142,7 @@ class _Slot:
 
     device: str
     """Where its runs are made: `cpu`, or one card."""
-    loops: dict[Role, _Link] = field(default_factory=dict)
+    loops: dict[Post, _Link] = field(default_factory=dict)
     since: float | None = None
     """When its present run began (monotonic); None while it is free."""
 
@@ -141,6 +164,11 @@ class LocalExecutor:
         slots: int | None = None,
         device: str = "cpu",
         code: Path | None = None,
+        *,
+        sandbox: Level | None = None,
+        require: Level = Level.FILTERS,
+        lint: bool = True,
+        disk_bytes: int = DISK_BYTES,
     ) -> None:
         """Set up, start nothing.
 
@@ -150,9 +178,20 @@ class LocalExecutor:
             slots: Runs at once, at most; by default one per core, or as many as the cards hold.
             device: `cpu`, `cuda` for all visible cards, or one of them, e.g. `cuda:0`.
             code: Folder in which the workers look for modules first; None for what is installed.
+            sandbox: How far runs are confined; None for as far as this machine can.
+            require: The least for variants that change code; below it they are rejected.
+            lint: Whether their code is looked through first. Without it, the sandbox and the
+                task's guard are all there is.
+            disk_bytes: What a run of such a variant may write.
         """
         self.task, self.profile, self.device = task, profile, device
         self._code = code
+        self._terms: dict[str, Any] = {
+            "level": str(sandbox or ""),
+            "require": str(require),
+            "lint": lint,
+            "disk_bytes": disk_bytes,
+        }
         self._asked = slots
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         self._arrange([device] * (slots or (cores if device == "cpu" else 1)))
@@ -201,8 +240,8 @@ class LocalExecutor:
             self._data_hash = hello["data_hash"]
             self._occupy_cards(hello)
             for slot in self._places:
-                for role in Role:
-                    slot.loops[role] = await self._fork(role, slot.device)
+                for post in ROLES:
+                    slot.loops[post] = await self._fork(post, slot.device)
         except BaseException:
             self.kill()
             raise
@@ -226,6 +265,23 @@ class LocalExecutor:
             with self._occupied() as slot:
                 return await self._measure(slot, work)
 
+    async def trial(self, variant: Variant) -> Trial:
+        """Try a variant's code change for a few steps."""
+        if variant.patch is None:
+            return Trial(same=True)
+        if reason := patches.reason_of(variant.patch):
+            return Trial(foreign.spoken(reason))
+        work = Work("trial", variant, 0, Split.VALIDATION, Budget(BudgetKind.STEPS, 1))
+        async with self._turn:
+            if self._stopped or self._link is None:
+                raise ExecutorError("The executor is not running.")
+            with self._occupied() as slot, self._folder() as folder:
+                try:
+                    found = await self._ask(slot, Post.TRAINER, _request("try code", work, folder))
+                except _DiedTwice:
+                    return Trial("The process that tried it was killed twice.")
+                return Trial(found["problem"], found["same"])
+
     async def close(self) -> None:
         """Let the accepted work finish, then stop the workers."""
         for _ in range(self.slots):
@@ -242,8 +298,12 @@ class LocalExecutor:
         self._stopped = True
         self._hang_up()
         if self._zygote is not None:
-            self._zygote.kill()
-            self._zygote.wait()
+            self._zygote.terminate()  # it takes along what a run may have hidden
+            try:
+                self._zygote.wait(KILL_S)
+            except subprocess.TimeoutExpired:
+                self._zygote.kill()
+                self._zygote.wait()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -261,51 +321,109 @@ class LocalExecutor:
     async def _measure(self, slot: _Slot, work: Work) -> Measurement:
         """Train in one process, score in another, put the parts together."""
         began = time.monotonic()
-        with self._folder(work) as folder:
-            train = await self._ask(slot, Role.TRAINER, work, folder)
-            endings, last = [train], train["message"]
-            if last["outcome"] == Outcome.COMPLETED:
-                endings.append(await self._ask(slot, Role.SCORER, work, folder))
-                last = endings[-1]["message"]
+        with self._folder() as folder:
+            endings = await self._endings(slot, work, folder)
+            last = endings[-1]["message"]
             log = _tail(folder, last.get("error", ""))
-        report = _report(train["message"])
+        report = _report(endings[0]["message"])
         on_device = 0.0 if self.device == "cpu" else sum(ending["wall_s"] for ending in endings)
         cost = cost_of(
             report,
             wall_s=time.monotonic() - began,
             cpu_s=sum(ending["cpu_s"] for ending in endings),
             gpu_s=on_device,
-            mem_bytes=train["mem_bytes"],
+            mem_bytes=endings[0]["mem_bytes"],
         )
         outcome = Outcome(last["outcome"])
         return Measurement(outcome, last.get("score"), cost, log, self._data_hash, report.curve)
 
+    async def _endings(self, slot: _Slot, work: Work, folder: Path) -> list[Message]:
+        """How the processes of a run ended: first the training, last what decides."""
+        foreign_code = work.variant.patch is not None
+        request = _request("train code" if foreign_code else "train", work, folder)
+        try:
+            train = await self._ask(slot, Post.TRAINER, request)
+            if train["message"]["outcome"] != Outcome.COMPLETED:
+                return [train]
+            if train.get("judged"):
+                return [train, *await self._judge(slot, work, folder, train["sealed"])]
+            request = _request("score", work, folder, sealed=train.get("sealed", ""))
+            return [train, await self._ask(slot, Post.SCORER, request)]
+        except _DiedTwice as error:
+            if not foreign_code:
+                raise
+            message = foreign.rejected(f"{error} It is taken to be the work of this code.")
+            return [{"message": message, "cpu_s": 0.0, "wall_s": 0.0, "mem_bytes": 0}]
+
+    async def _judge(
+        self, slot: _Slot, work: Work, folder: Path, sealed: str
+    ) -> tuple[Message, ...]:
+        """Have the scorer question two processes that hold the model."""
+        posts = (Post.SCORER, Post.MODEL, Post.PROBE)
+        requests = [
+            _request("judge" if post is Post.SCORER else "model", work, folder, sealed, post)
+            for post in posts
+        ]
+        for _ in range(2):
+            for post in posts:
+                if post not in slot.loops:
+                    slot.loops[post] = await self._fork(post, slot.device)
+            with _lines(2) as (ours, theirs):
+                handles = (ours, theirs[:1], theirs[1:])
+                asked = [
+                    asyncio.ensure_future(self._ask_once(slot, post, request, given))
+                    for post, request, given in zip(posts, requests, handles, strict=True)
+                ]
+                await asyncio.sleep(0)  # each sends what it was given
+            try:
+                judged, *models = await asyncio.gather(*asked)
+            except _Gone:
+                await _settled(asked)
+                for post in posts:  # they were in the middle of a conversation
+                    if post in slot.loops:
+                        self._drop(slot.loops.pop(post))
+                continue
+            except asyncio.CancelledError:
+                await _settled(asked)
+                raise
+            judged["message"] = _verdict(judged["message"], [one["message"] for one in models])
+            return (*models, judged)
+        raise self._died_twice(Post.SCORER)
+
     @contextlib.contextmanager
-    def _folder(self, work: Work) -> Iterator[Path]:
-        """A folder for one run: the model in `model/`, a log per role beside it."""
+    def _folder(self) -> Iterator[Path]:
+        """A folder for one run; `worker.py` says what is in it."""
         with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as name:
             (Path(name) / "model").mkdir()
             yield Path(name)
 
-    async def _ask(self, slot: _Slot, role: Role, work: Work, folder: Path) -> Message:
+    async def _ask(self, slot: _Slot, post: Post, request: Message) -> Message:
         """Have a loop do its part of the work; restart it once if it dies."""
-        request = {
-            "work": _plain(work),
-            "role": role,
-            "scratch": str(folder / "model"),
-            "log": str(folder / f"{role}.log"),
-        }
         for _ in range(2):
-            if role not in slot.loops:
-                slot.loops[role] = await self._fork(role, slot.device)
-            try:
-                return await slot.loops[role].ask(request)
-            except _Gone:
-                self._drop(slot.loops.pop(role))
-            except asyncio.CancelledError:
-                self._drop(slot.loops.pop(role))  # the loop sees it and stops the run
-                raise
-        raise self._failed(f"The {role} process died twice on one piece of work.")
+            if post not in slot.loops:
+                slot.loops[post] = await self._fork(post, slot.device)
+            with contextlib.suppress(_Gone):
+                return await self._ask_once(slot, post, request)
+        raise self._died_twice(post)
+
+    async def _ask_once(
+        self, slot: _Slot, post: Post, request: Message, handles: Sequence[int] = ()
+    ) -> Message:
+        """Have a loop do its part of the work. Raises `_Gone`."""
+        try:
+            return await slot.loops[post].ask(request, handles)
+        except _Gone:
+            self._drop(slot.loops.pop(post))
+            raise
+        except asyncio.CancelledError:
+            self._drop(slot.loops.pop(post))  # the loop sees it and stops the run
+            raise
+
+    def _died_twice(self, post: Post) -> ExecutorError:
+        """The error for a loop that does not survive a piece of work."""
+        problem = f"The {post} process died twice on one piece of work."
+        failed = self._failed(problem)
+        return failed if self._stopped else _DiedTwice(str(failed))
 
     async def _hello(self) -> Message:
         """Start the zygote and hear that it is ready."""
@@ -327,7 +445,15 @@ class LocalExecutor:
         return hello
 
     def _spawn(self, link: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        order = Order(self.task, self.profile, self.device, os.getpid(), str(self._scratch), link)
+        order = Order(
+            self.task,
+            self.profile,
+            self.device,
+            os.getpid(),
+            str(self._scratch),
+            link,
+            **self._terms,
+        )
         return subprocess.Popen(
             [sys.executable, "-P", "-m", MODULE, json.dumps(asdict(order))],
             stdin=subprocess.DEVNULL,
@@ -338,7 +464,7 @@ class LocalExecutor:
             env=_environ(self._code),
         )
 
-    async def _fork(self, role: Role, device: str) -> _Link:
+    async def _fork(self, post: Post, device: str) -> _Link:
         """Have the zygote fork a new loop, and wait until it is ready."""
         async with self._forking:
             if self._stopped or self._link is None:
@@ -347,11 +473,11 @@ class LocalExecutor:
             loop = self._new_link(ours)
             try:
                 with theirs:
-                    self._link.pass_on(f"{role} {device}", theirs)
+                    self._link.pass_on(f"{post} {device}", theirs)
                 await loop.receive()
             except _Gone:
                 self._drop(loop)
-                raise self._failed(f"The {role} process does not start.") from None
+                raise self._failed(f"The {post} process does not start.") from None
             except asyncio.CancelledError:
                 self._drop(loop)
                 raise
@@ -421,6 +547,43 @@ def _plain(work: Work) -> Message:
     }
 
 
+def _request(
+    kind: str, work: Work, folder: Path, sealed: str = "", post: Post = Post.TRAINER
+) -> Message:
+    """What a loop is asked."""
+    values = {"kind": kind, "folder": str(folder), "sealed": sealed, "post": post}
+    return values | {"work": _plain(work)}
+
+
+@contextlib.contextmanager
+def _lines(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Descriptors of both ends of some lines; closed here once they were handed on."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    try:
+        yield [one.fileno() for one, _ in pairs], [other.fileno() for _, other in pairs]
+    finally:
+        for end in (end for pair in pairs for end in pair):
+            end.close()
+
+
+async def _settled(asked: Sequence[asyncio.Future[Message]]) -> None:
+    """Give up what is still being waited for."""
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+
+
+def _verdict(judged: Message, models: Sequence[Message]) -> Message:
+    """The outcome of a judged run: when a model's process failed, that is why."""
+    failed = [model for model in models if model["outcome"] != Outcome.COMPLETED]
+    if not failed or judged["outcome"] not in (Outcome.REJECTED, Outcome.CRASHED):
+        return judged
+    why = f"The process that held the model failed: {failed[0]['error']}"
+    if judged["outcome"] == Outcome.REJECTED:
+        why = f"{judged['error'].removeprefix('rejected: ')}. {why}"
+    return foreign.rejected(why)
+
+
 def _report(message: Message) -> TrainReport:
     """What the training said about itself; empty if it did not get that far."""
     values = dict(message.get("report", {}))
@@ -429,7 +592,7 @@ def _report(message: Message) -> TrainReport:
 
 def _tail(folder: Path, error: str) -> str:
     """The end of what a run printed, and its error."""
-    printed = "".join(_read_tail(folder / f"{role}.log") for role in Role).rstrip()
+    printed = "".join(foreign.clean(_read_tail(folder / f"{post}.log")) for post in Post).rstrip()
     return "\n".join(part for part in (printed, error) if part)[-TAIL_CHARS:]
 
 

@@ -1,7 +1,7 @@
 """Which variants lie near another one, and which changes it repeats, among hundred thousands.
 
 One row of a matrix per knob, one column per variant; a number is kept as its position on the knob's
-unit scale, a word, flag or patch as a code that is equal or different. A query passes over the rows
+unit scale, a word, flag or patch as a number that is equal or different. A query passes over the rows
 with numpy. The matrix is float32, so what it cannot decide (a distance on the very edge) is
 decided by `Space` itself: the answers are those of comparing one by one, exactly.
 """
@@ -76,7 +76,7 @@ class _Matrix:
         point = self._home.copy()
         for name, value in variant.overrides.items():
             point[self.rows[name]] = self._place(name, value)
-        point[-1] = self._patches.setdefault(variant.patch, float(len(self._patches)))
+        point[-1] = self._patches.setdefault(variant.code, float(len(self._patches)))
         return np.array(point, np.float32)
 
     def add(self, key: str, variant: Variant, point: Numbers) -> None:
@@ -178,6 +178,7 @@ class Changes:
         self._space = space
         self._matrix = _Matrix(space)
         self._changed: list[frozenset[str]] = []
+        self._codes: list[float] = []
 
     def __len__(self) -> int:
         """How many changes have been added."""
@@ -201,6 +202,7 @@ class Changes:
         told[rows] = point[rows]
         self._matrix.add(key, variant, told)
         self._changed.append(changed)
+        self._codes.append(float(point[-1]))
         return True
 
     def repeated(
@@ -210,7 +212,8 @@ class Changes:
 
         That is: it has every value of the change, each within `radius`, and it has changed one of
         those knobs against `reference`. Of what it has changed, a value must also be nearer than
-        `share` of the way back to the reference: a step the other way is another change.
+        `share` of the way back to the reference: a step the other way is another change. What was
+        changed with other code is another change whatever the knobs.
 
         Raises:
             InvalidVariant: `variant` or `reference` is not one of this space.
@@ -226,6 +229,8 @@ class Changes:
                 fresh |= ~np.isnan(apart)
         found = []
         for place in np.flatnonzero(fresh & ~other).tolist():
+            if self._codes[place] != point[-1]:
+                continue
             away = self._away(variant, place)
             if all(distance <= reach.get(name, radius) for name, distance in away.items()):
                 found.append((max(away.values()), place))
@@ -240,17 +245,17 @@ class Changes:
         """How far a change of each knob that `variant` changes may be from it."""
         space, names = self._space, self._changes(variant, reference) - {PATCH}
         reach = {name: min(radius, share * space.apart(name, variant, reference)) for name in names}
-        return reach if variant.patch == reference.patch else {**reach, PATCH: radius}
+        return reach if variant.code == reference.code else {**reach, PATCH: radius}
 
     def _changes(self, variant: Variant, reference: Variant) -> frozenset[str]:
         changed = self._space.changes(variant, reference)
-        return frozenset(changed if variant.patch == reference.patch else (*changed, PATCH))
+        return frozenset(changed if variant.code == reference.code else (*changed, PATCH))
 
     def _away(self, variant: Variant, place: int) -> dict[str, float]:
         """How far `variant` is from a change, by changed knob."""
         other, changed = self._matrix.variants[place], self._changed[place]
         away = {name: self._space.apart(name, variant, other) for name in changed - {PATCH}}
-        return {**away, PATCH: float(variant.patch != other.patch)} if PATCH in changed else away
+        return {**away, PATCH: float(variant.code != other.code)} if PATCH in changed else away
 
 
 def _no_more_than(k: int, places: Places, apart: Numbers) -> list[int]:

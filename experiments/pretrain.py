@@ -9,18 +9,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
+from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
+from society.experiments.adopt import adopt, remember
 from society.experiments.task import (
+    Access,
+    Channel,
     Direction,
     Diverged,
     Limits,
     Refused,
     Role,
     TrainReport,
+    Yardstick,
     cache_dir,
     load_profile,
     parse,
@@ -28,12 +35,28 @@ from society.experiments.task import (
 from society.knobs import Knob, Span
 from society.model import advice, data
 from society.model.device import Execution, is_out_of_memory, limit_memory
-from society.model.flops import flops_per_step
+from society.model.flops import flops_per_step, planned_steps
 from society.model.pipeline import NoRows
 from society.model.recipe import Recipe
-from society.records import Budget, Split
+from society.records import Budget, BudgetKind, Split
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 MODEL_FILE = "model.safetensors"
+PACKAGE = "society.model"
+EDITABLE = ("attention", "gpt", "init", "optim", "schedule")
+"""Modules of the trainer that a patch may change."""
+SAMPLE_STEPS = 8
+LIKENESS = 0.5
+"""Correlation of two seeds' parameters that counts as too much in common."""
+TIMED_STEPS = 3
+"""Steps that are timed to know what a training takes."""
+MOST_STEPS_PER_S = 1_000
+"""More than any recipe takes: the bound on what a run may report under a budget in seconds."""
+COMPILE_S = 60.0
+"""What compiling is assumed to take on an accelerator; it is not measured before each run."""
 
 
 class Options(BaseModel):
@@ -78,6 +101,15 @@ class Pretrain:
         self.spans: Mapping[str, Span] = settings.knobs
         self._train: dict[int, data.TrainTokens] = {}
         self._eval: dict[tuple[int, Split], data.EvalTokens] = {}
+        self._plain_flops: float | None = None  # of one step, counted by `measure`
+        self._adopted: frozenset[str] = frozenset()
+        self._sampled: Mapping[str, Tensor] | None = None
+        self._alike: Mapping[str, float] = {}
+
+    @property
+    def access(self) -> Access:
+        """Nothing: a run finds its split in memory. What the splits are made of is hidden."""
+        return Access(hidden=_corpus_sources())
 
     @property
     def vocabs(self) -> tuple[int, ...]:
@@ -104,11 +136,13 @@ class Pretrain:
 
         Runs must find every module loaded: the code of a society does not change while it works.
         """
-        from society.model import evaluate, train, weights  # noqa: F401
+        from society.model import evaluate, guard, train, weights, yardstick  # noqa: F401
         from society.model.threads import keep_pages, single_thread
 
         single_thread()
         keep_pages()
+        remember(PACKAGE, EDITABLE)
+        self.sources()
 
     def prepare(self) -> str:
         """Check the corpus in every vocabulary; the one that comes with the project is made.
@@ -152,6 +186,7 @@ class Pretrain:
             limit_memory(device, self.limits.mem_bytes)
         try:
             with self._memory_explained(recipe, device):
+                step_flops = self._step_flops(recipe, device)
                 trained = train.train(
                     recipe,
                     budget=budget,
@@ -159,7 +194,8 @@ class Pretrain:
                     tokens=self._train[recipe.vocab],
                     device=device,
                     data_seed=data_seed,
-                    execution=self.execution,
+                    execution=self.execution_in(scratch),
+                    step_flops=step_flops,
                 )
         except (NoRows, train.BadTokens, kernels.UnusableShape) as error:
             raise Refused(str(error)) from error
@@ -183,11 +219,16 @@ class Pretrain:
             device_mem_bytes=trained.device_mem_bytes,
         )
 
-    @property
-    def execution(self) -> Execution:
-        """How this profile uses a device."""
+    def execution_in(self, scratch: Path) -> Execution:
+        """How this profile uses a device. What changed code compiles is kept in its own folder."""
         options = self.options
-        return Execution(options.attention, options.compiler, options.micro_rows, cache_dir())
+        return Execution(
+            options.attention,
+            options.compiler,
+            options.micro_rows,
+            scratch / "cache" if self._adopted else cache_dir(),
+            fused="optim" not in self._adopted,
+        )
 
     @contextmanager
     def _memory_explained(self, recipe: Recipe, device: str) -> Iterator[None]:
@@ -214,3 +255,175 @@ class Pretrain:
                 return evaluate.evaluate(scratch / MODEL_FILE, tokens, device, scoring).bpb
         except (evaluate.BadScore, weights.BadWeights) as error:
             raise Refused(str(error)) from error
+
+    # ----------------------------------------------------------------- runs with changed code
+
+    def sources(self) -> Mapping[str, str]:
+        """The files of the model, its initialisation, optimiser and schedule, as installed."""
+        return _sources()
+
+    def adopt(self, code: Path) -> None:
+        """Use the files in `code`; everything that trains or serves from now on is theirs."""
+        installed = self.sources()
+        given = {path.name: path.read_text("utf-8") for path in code.glob("*.py")}
+        changed = (name for name, text in given.items() if installed.get(name) != text)
+        self._adopted = frozenset(Path(name).stem for name in changed)
+        adopt(PACKAGE, code)
+
+    def measure(self, recipe: Recipe, budget: Budget, device: str) -> Yardstick:
+        """Time and count a few steps of the shipped code on random tokens.
+
+        About 4 % of a default run. No processor time is named (0) on an accelerator, whose own work
+        it does not show; there, and for a budget in seconds, the harness's clock bounds the run.
+        """
+        from society.model.yardstick import Bench
+
+        bench = Bench(recipe, device)
+        self._plain_flops = bench.flops()
+        planned = planned_steps(recipe, budget)
+        steps = planned or max(1, int(budget.amount * MOST_STEPS_PER_S))
+        timed = device == "cpu" and planned is not None
+        return Yardstick(
+            cpu_s=steps * bench.cpu_s(min(steps, TIMED_STEPS)) if timed else 0.0,
+            steps=steps,
+            tokens=steps * recipe.batch_tokens,
+            flops=float(steps * flops_per_step(recipe)) if planned else 0.0,
+            compile_s=0.0 if device == "cpu" or self.options.compiler == "off" else COMPILE_S,
+        )
+
+    def _step_flops(self, recipe: Recipe, device: str) -> float | None:
+        """FLOPs that a step of changed code is charged with; None for the recipe's own.
+
+        The formula of the recipe, times what the changed code multiplies relative to the shipped
+        code. Dearer code takes fewer steps; cheaper code takes no more than the recipe does, or
+        hiding work from the count would pay.
+        """
+        from society.model.yardstick import Bench
+
+        if not self._adopted or self._plain_flops is None:
+            return None
+        counted = Bench(recipe, device, rows=1).flops()
+        return flops_per_step(recipe) * max(1.0, counted / self._plain_flops)
+
+    def sample(self, recipe: Recipe, seed: int, scratch: Path, device: str) -> str:
+        """Train for eight steps; the sha256 of the weights, or where it diverged."""
+        from society.model import train
+
+        try:
+            trained = train.train(
+                recipe,
+                budget=Budget(BudgetKind.STEPS, SAMPLE_STEPS),
+                seed=seed,
+                data_seed=0,
+                tokens=self._train[recipe.vocab],
+                device=device,
+                execution=self.execution_in(scratch),
+            )
+        except train.Diverged as error:
+            return f"diverged at step {error.step} with loss {error.loss.hex()}"
+        self._compare_seeds(trained.weights)
+        digest = hashlib.sha256()
+        for name, weight in sorted(trained.weights.items()):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _compare_seeds(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse changed code whose parameters do not come from the seed.
+
+        Two samples differ by their seed only, so what their parameters have in common beyond what
+        those of the shipped code do was drawn from elsewhere.
+        """
+        last, self._sampled = self._sampled, weights
+        if last is None:
+            return
+        self._sampled = None
+        alike = {name: _correlation(last[name], w) for name, w in weights.items() if name in last}
+        if not self._adopted:
+            self._alike = alike
+            return
+        for name, found in alike.items():
+            if name in self._alike and found > max(LIKENESS, self._alike[name] + LIKENESS / 2):
+                raise Refused(
+                    f"Two seeds give parameters that are alike (correlation {found:.2f} in "
+                    f"{name!r}): the initial parameters must come from the seed."
+                )
+
+    def serve(self, scratch: Path, recipe: Recipe, device: str, scorer: Channel) -> None:
+        """Answer token ids (B, T) with final activations (B * T, width), bf16 as int16."""
+        import torch
+
+        from society.model import evaluate, weights
+
+        masters = weights.load_changed(scratch / MODEL_FILE, recipe)
+        answer, _ = evaluate.model_of(recipe, masters, device)
+        while (ids := scorer.receive()) is not None:
+            scorer.send(answer(ids).to(torch.bfloat16).view(torch.int16).cpu().numpy())
+
+    def judge(
+        self,
+        scratch: Path,
+        recipe: Recipe,
+        split: Split,
+        device: str,
+        models: tuple[Channel, Channel],
+    ) -> float:
+        """Bits per byte of a served model, if it is honest; see `society.model.guard`."""
+        from society.model import evaluate, guard, weights
+
+        scoring = evaluate.Scoring(self.options.eval_tokens, self.options.eval_seq_len)
+        first, second = (partial(_asked, recipe, device, model) for model in models)
+        try:
+            return guard.judge(
+                scratch / MODEL_FILE,
+                recipe,
+                self._eval[recipe.vocab, split],
+                device,
+                scoring,
+                (first, second),
+            ).bpb
+        except (evaluate.BadScore, weights.BadWeights, guard.Dishonest) as error:
+            raise Refused(str(error)) from error
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Of the entries of two tensors; 0 for scalars, other shapes and what does not vary."""
+    if a.ndim < 2 or a.shape != b.shape:
+        return 0.0
+    left, right = (x.double().flatten() - x.double().mean() for x in (a, b))
+    scale = float(left.norm() * right.norm())
+    return float(left @ right) / scale if scale else 0.0
+
+
+def _asked(recipe: Recipe, device: str, model: Channel, ids: np.ndarray) -> Tensor:
+    """A served model's answer to token ids (B, T): activations (B * T, width), bf16, finite."""
+    import torch
+
+    model.send(ids)
+    wanted = (ids.size, recipe.width)
+    answer = model.receive(2 * ids.size * recipe.width)
+    if answer is None:
+        raise Refused("the model left before it was asked everything")
+    if answer.shape != wanted or answer.dtype.name != "int16":
+        raise Refused(
+            f"the model answered with {answer.dtype} of shape {answer.shape}; expected int16 (the "
+            f"bits of bf16) of shape {wanted}"
+        )
+    x = torch.from_numpy(answer).view(torch.bfloat16).to(device)
+    if not bool(torch.isfinite(x).all()):
+        raise Refused("the model's activations are not finite")
+    return x
+
+
+@cache
+def _sources() -> Mapping[str, str]:
+    folder = resources.files(PACKAGE)
+    return {f"{name}.py": (folder / f"{name}.py").read_text("utf-8") for name in EDITABLE}
+
+
+@cache
+def _corpus_sources() -> tuple[Path, ...]:
+    """Where the text of the corpus that comes with the project is installed, all splits of it."""
+    package = find_spec("bible")  # finds it without importing it
+    places = package.submodule_search_locations if package is not None else None
+    return tuple(Path(place) for place in places or ())

@@ -112,9 +112,9 @@ class Space:
     def distance(self, a: Variant, b: Variant) -> float:
         """The largest distance of any knob, on its unit scale.
 
-        A differing category, flag or patch counts 1.
+        A differing category, flag or code counts 1; two texts of one code do not differ.
         """
-        if a.patch != b.patch:
+        if a.code != b.code:
             return 1.0
         names = {*a.overrides, *b.overrides}
         return max((self.apart(name, a, b) for name in names), default=0.0)
@@ -124,7 +124,7 @@ class Space:
 
         That is, whether each knob differs by no more than its own tolerance.
         """
-        if a.patch != b.patch:
+        if a.code != b.code:
             return False
         names = {*a.overrides, *b.overrides}
         return all(self.apart(name, a, b) <= self.knobs[name].tolerance for name in names)

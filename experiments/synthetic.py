@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from society.experiments.space import Space
 from society.experiments.task import (
+    Access,
     Direction,
     Diverged,
     Limits,
@@ -124,6 +125,7 @@ class Synthetic:
     recipe = SyntheticRecipe
     packages: tuple[str, ...] = ("numpy",)
     code: tuple[str, ...] = ("society.experiments.synthetic",)
+    access = Access()
 
     def __init__(self, profile: str = "quick") -> None:
         """Read the profile, by name or path."""

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import import_module, resources
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +23,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from society.errors import UnknownName, UsageError
 from society.knobs import Scalar, Span
 from society.records import Budget, Split
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GROUP = "society.tasks"
 
@@ -103,6 +106,103 @@ class Diverged(Exception):
 
 class Refused(Exception):
     """The task's own guard refuses the run (`Outcome.REJECTED`). Raised by `train` or `score`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a run of a task may touch beside its scratch folder and the interpreter.
+
+    Runs of a task that has an attribute `access` are confined, and so are those of a `CodeTask`, as
+    if it had an empty one. Scoring with the task's own code is not. See `experiments.sandbox`.
+    """
+
+    read: tuple[Path, ...] = ()
+    """Files and folders that a training may read."""
+    hidden: tuple[Path, ...] = ()
+    """What it must not read although it lies inside the interpreter's own folders."""
+    processes: int = 0
+    """Processes that it may start beside its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """What a recipe takes without a code change, measured right before one is tried."""
+
+    cpu_s: float
+    """Processor seconds of a whole training."""
+    steps: int
+    """Steps that the budget pays for."""
+    tokens: int = 0
+    """Tokens of these steps."""
+    flops: float = 0.0
+    """What they are charged, where the budget does not count FLOPs; 0 for unknown."""
+    compile_s: float = 0.0
+    """Seconds that an accelerator takes to compile, which no budget pays for."""
+
+
+class Channel(Protocol):
+    """A line between the scorer and one process that holds a candidate's model; arrays only."""
+
+    def send(self, array: np.ndarray) -> None:
+        """Send one array."""
+
+    def receive(self, most_bytes: int | None = None) -> np.ndarray | None:
+        """The next array; None when the other side has left.
+
+        Args:
+            most_bytes: Largest array to take; None for the channel's own bound.
+
+        Raises:
+            Refused: what came is no array, is larger than agreed, or took too long.
+        """
+
+
+@runtime_checkable
+class CodeTask(Protocol):
+    """What a `Task` offers besides when variants may change its code (they carry a `patch`).
+
+    All but `sources` are called in processes of one run:
+
+    - the training process calls `measure` before any foreign code is loaded, then confines itself,
+      calls `adopt`, and then `train`, all of whose words are from then on a stranger's;
+    - `sample` is called twice in the same way when a patch is tried: before and after `adopt`;
+    - a process that never saw an evaluation split confines itself, calls `adopt` and then `serve`;
+      there are two of them, which know nothing of each other;
+    - the scorer, which loads no foreign code, calls `judge` with a line to each of the two.
+
+    A task with the attribute `confines_itself = True` starts confined commands instead and loads
+    nothing of a candidate into these processes. It needs no `measure`, `serve` and `judge`; its
+    attribute `level` is set to how far the commands are to be confined.
+    """
+
+    def sources(self) -> Mapping[str, str]:
+        """File name -> text of every file that a patch may change, as installed."""
+
+    def adopt(self, code: Path) -> None:
+        """Use the files in `code`, one for each of `sources`, from now on in this process."""
+
+    def measure(self, recipe: Any, budget: Budget, device: str) -> Yardstick:
+        """What this recipe takes with the task's own code."""
+
+    def sample(self, recipe: Any, seed: int, scratch: Path, device: str) -> str:
+        """Train a few steps over all of the schedule; names the resulting bits."""
+
+    def serve(self, scratch: Path, recipe: Any, device: str, scorer: Channel) -> None:
+        """Answer the scorer's questions with the model in `scratch` until it leaves."""
+
+    def judge(
+        self,
+        scratch: Path,
+        recipe: Any,
+        split: Split,
+        device: str,
+        models: tuple[Channel, Channel],
+    ) -> float:
+        """The metric of a model that foreign code computes.
+
+        Raises `Refused` if it is no honest model. The score is made with the first channel; the
+        second model is asked what the first one must not have known.
+        """
 
 
 class Task(Protocol):
@@ -230,7 +330,7 @@ class Profile(BaseModel):
     """Changes to the recipe's defaults: with them they make the baseline."""
     knobs: dict[str, Span] = {}
     """Values to search at this size, for knobs whose own range does not fit it."""
-    options: dict[str, Scalar] = {}
+    options: dict[str, Any] = {}
     """Settings that only this task knows; it checks them itself."""
 
 
@@ -280,9 +380,9 @@ def default_profile(task: str) -> str:
     profiles = known_profiles(task)
     if profiles:
         return profiles[0]
-    if ":" not in task:
+    if ":" not in task and task not in known_tasks():
         raise UnknownName("task", task, [*known_tasks(), "module:Class"])
-    raise UsageError(f"Task {task!r} has no shipped profile: name one by --profile.")
+    raise UsageError(f"Task {task!r} has no shipped profile: name a .yaml file by --profile.")
 
 
 def load_profile(task: str, profile: str) -> Profile:

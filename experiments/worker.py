@@ -4,61 +4,115 @@
     └── zygote               imports the task once, holds no data, forks loops on request
         ├── trainer loop     holds the training split
         │   └── run          one per run: trains, saves to its scratch folder, ends
-        └── scorer loop      holds the evaluation splits
-            └── run          one per run: scores the saved model, ends
+        ├── scorer loop      holds the evaluation splits
+        │   └── run          one per run: scores the saved model, ends
+        └── two model loops  hold no data; started when the first code change comes
+            └── run          holds a model that foreign code computes, for the scorer's questions
 
 A message is a JSON object behind its length (4 bytes, big-endian). A loop answers each request
 after the run has ended, been killed at its time-out or died. Whoever sees its owner's socket close
 kills what it started and ends; on Linux the kernel also kills every process whose parent died.
+
+A run's folder, of which a confined run sees `code` and may write to `model` and `tmp`:
+
+    model/       what the training leaves
+    tmp/         its temporary files
+    code/        the files that a code change amounts to
+    sealed/      `model`, once all processes of a training with foreign code are gone
+    own/         what is made with the task's own code when a code change is tried
+    *.log        what each process prints
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
+import math
 import os
-import resource
-import select
 import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from society.errors import SocietyError
+from society.experiments import foreign, patches, sandbox
 from society.experiments.executor import (
     check_budget,
     check_score,
     describe,
     describe_error,
-    outcome_of,
     recipe_of,
-    thin,
     train,
 )
-from society.experiments.task import Diverged, Limits, Role, Task, TrainReport, load_task
+from society.experiments.processes import (
+    HEADER,
+    MAX_FILE_BYTES,
+    Ending,
+    Message,
+    Say,
+    Watch,
+    Watched,
+    adopt_orphans,
+    fork_run,
+    guard,
+    leave,
+    pack,
+    plain,
+    stopped,
+    sweep,
+    watch_run,
+)
+from society.experiments.sandbox import Level, Policy
+from society.experiments.task import (
+    Access,
+    Limits,
+    Refused,
+    Role,
+    Task,
+    Yardstick,
+    cache_dir,
+    load_task,
+)
 from society.model import device as devices
-from society.model.device import is_out_of_memory
 from society.records import Budget, BudgetKind, Outcome, Split, Variant, Work
 
-Message = dict[str, Any]
-Job = Callable[[], Message]
-
-HEADER = 4
-PR_SET_PDEATHSIG = 1
-MAX_FILE_BYTES = 4 << 30
-"""No run writes a larger file: a log without end must not fill the disk."""
-GRACE_S = 1.0
-"""How long a process that closed its pipe may take to be gone."""
 PREPARE = Limits(timeout_s=1_800, mem_bytes=0)
+DISK_BYTES = 2 << 30
+"""What a run with foreign code may write."""
+TRIAL_SEEDS = (20_261_124, 20_261_125)
+"""Of the few steps by which a code change is tried; public, and no run has them."""
+TRIAL_S, TRIAL_SHARE = 20.0, 0.1
+"""Time-out of a trial: this share of a run's, but not less than so many seconds, or than the
+task's own `trial_s`."""
+KEPT_SAMPLES = 256
+"""Recipes whose sample with the task's own code a loop remembers."""
+COMPILERS = 64
+"""Processes that a run on an accelerator may start, to compile."""
+SPARE_CPU_S = 5
+"""Processor seconds beyond the time-out, which comes first for a run of one thread."""
+
+
+class Post(StrEnum):
+    """What a loop is for."""
+
+    TRAINER = "trainer"
+    SCORER = "scorer"
+    MODEL = "model"
+    """Holds the model that is scored."""
+    PROBE = "probe"
+    """Holds the same model, and is asked what the other one must not have known."""
+
+
+ROLES = {Post.TRAINER: Role.TRAINER, Post.SCORER: Role.SCORER}
+"""The data that a loop holds; the others hold none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +129,21 @@ class Order:
     """Folder of this executor; the zygote removes it at the end."""
     link: int
     """File descriptor of the control socket."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a forked run ended."""
-
-    message: Message = field(default_factory=dict)
-    """What it reported; `outcome` is always there."""
-    cpu_s: float = 0.0
-    wall_s: float = 0.0
-    mem_bytes: int = 0
-
-
-def pack(message: Message) -> bytes:
-    """A message as it goes over the wire."""
-    body = json.dumps(message).encode()
-    return len(body).to_bytes(HEADER, "big") + body
+    level: str = ""
+    """How far runs are confined; empty for as far as this machine can."""
+    require: str = Level.FILTERS
+    """The least for foreign code."""
+    lint: bool = True
+    """Whether foreign code is looked through before it runs."""
+    disk_bytes: int = DISK_BYTES
+    """What a run with foreign code may write."""
 
 
 def main() -> None:
     """Be the zygote until the owner is gone."""
     order = Order(**json.loads(sys.argv[1]))
     guard(order.owner, signal.SIGTERM)
+    adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(SystemExit):  # asked to leave: by a signal, or by a closed link
         _be_zygote(order)
@@ -105,49 +151,45 @@ def main() -> None:
 
 
 def _be_zygote(order: Order) -> None:
-    loops: list[int] = []
     try:
         with socket.socket(fileno=order.link) as link:
-            task = _start(order, link)
+            task, level = _start(order, link)
             if task is not None:
-                _fork_on_request(order, task, link, loops)
+                _fork_on_request(replace(order, level=level), task, link)
     finally:
-        for pid in loops:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sweep()
 
 
-def guard(parent: int, death: int) -> None:
-    """End with the parent, leave Ctrl-C to the owner, and write no core files."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death)
-    if os.getppid() != parent:  # it died before we could ask
-        os._exit(1)
-
-
-def _start(order: Order, link: socket.socket) -> Task | None:
+def _start(order: Order, link: socket.socket) -> tuple[Task | None, str]:
     """Import and prepare the task; tells the owner about it, or why it does not work."""
     try:
         task = load_task(order.task, order.profile)
         task.warm_up()
+        if (access := access_of(task)) is not None:  # what is found here is found for all runs
+            sandbox.prepare(Policy(read=access.read, hidden=access.hidden))
     except (SocietyError, ImportError, OSError) as error:
         link.sendall(pack({"error": describe_error(error)}))
-        return None
-    hello = fork_run(lambda: _prepare(task, order.device), PREPARE, link, cap=False).message
+        return None, ""
+    ending = fork_run(lambda _: _prepare(task, order), PREPARE, link, cap=False)
+    hello = ending.message
     if hello["outcome"] != Outcome.COMPLETED:
         link.sendall(pack({"error": hello["error"]}))
-        return None
+        return None, ""
     link.sendall(pack(hello))
-    return task
+    if confines_itself(task):
+        task.level = Level(hello["level"])  # type: ignore[attr-defined]
+    return task, hello["level"]
 
 
-def _prepare(task: Task, device: str) -> Message:
+def _prepare(task: Task, order: Order) -> Message:
+    level = _level(order, task)
+    confined = level if access_of(task) is not None else ""
     return {
         "data_hash": task.prepare(),
-        "environment": asdict(describe(task, device)),
-        "cards": [asdict(card) for card in devices.cards(device)]
+        "level": level,
+        "environment": asdict(replace(describe(task, order.device), sandbox=confined)),
+        "cards": [asdict(card) for card in devices.cards(order.device)]
         if "torch" in task.packages
         else [],
         "need_bytes": task.limits.mem_bytes,
@@ -155,71 +197,415 @@ def _prepare(task: Task, device: str) -> Message:
     }
 
 
-def _fork_on_request(order: Order, task: Task, link: socket.socket, loops: list[int]) -> None:
+def _level(order: Order, task: Task) -> Level:
+    """How far runs are confined. Raises `SocietyError` if this machine cannot do what was asked."""
+    best = sandbox.best_for_commands() if confines_itself(task) else sandbox.best()
+    asked = Level(order.level) if order.level else best
+    if asked.rank > best.rank:
+        raise SocietyError(f"Sandbox level {asked!s}: this machine offers {best!s} at most.")
+    return asked
+
+
+def access_of(task: Task) -> Access | None:
+    """What the task's runs may touch; None if they are not confined."""
+    declared: Access | None = getattr(task, "access", None)
+    return Access() if declared is None and takes_code(task) else declared
+
+
+def takes_code(task: Task) -> bool:
+    """Whether variants of this task may change its code."""
+    return hasattr(task, "sources") and hasattr(task, "adopt")
+
+
+def confines_itself(task: Task) -> bool:
+    """Whether the task loads no foreign code into our processes: it starts confined commands."""
+    return bool(getattr(task, "confines_itself", False))
+
+
+def is_judged(task: Task) -> bool:
+    """Whether foreign code computes the model's answers, so that a guard has to question it."""
+    return hasattr(task, "judge") and hasattr(task, "serve")
+
+
+def _fork_on_request(order: Order, task: Task, link: socket.socket) -> None:
     """Fork one loop for every socket that the owner sends over."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead loops need no burial
+    loops: set[int] = set()
     while True:
         body, handles, _, _ = socket.recv_fds(link, 64, 1)
         if not body:
             return
+        loops = {pid for pid in loops if _is_there(pid)}
+        sweep(spare=frozenset(loops))  # what a run of a loop that died left behind
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:
             link.detach()
             os.close(order.link)
-            role, device = body.decode().split()
-            _become_loop(replace(order, device=device), task, Role(role), handles[0], zygote)
+            post, device = body.decode().split()
+            _become_loop(replace(order, device=device), task, Post(post), handles[0], zygote)
         os.close(handles[0])
-        loops.append(pid)
+        loops.add(pid)
 
 
-def _become_loop(order: Order, task: Task, role: Role, handle: int, zygote: int) -> NoReturn:
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _become_loop(order: Order, task: Task, post: Post, handle: int, zygote: int) -> NoReturn:
     """The rest of a loop's life, in the forked process."""
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         guard(zygote, signal.SIGKILL)
-        task.preload(role)
+        adopt_orphans()
+        if post in ROLES:
+            task.preload(ROLES[post])
         with socket.socket(fileno=handle) as link:
-            link.sendall(pack({"ready": role}))
-            _serve(order, task, link)
+            link.sendall(pack({"ready": post}))
+            _Loop(order, task, link).serve()
         code = 0
     except Exception:  # noqa: BLE001 - the owner reads why in the worker's log
         traceback.print_exc()
     finally:
-        _leave(code)
+        leave(code)
 
 
-def _serve(order: Order, task: Task, link: socket.socket) -> None:
-    while (request := receive(link)) is not None:
-        cap = order.device == "cpu"
-        log = Path(request["log"])
-        ending = fork_run(_job(order, task, request), task.limits, link, cap=cap, log=log)
-        link.sendall(pack(asdict(ending)))
+class _Loop:
+    """Makes one run after the other, as the owner asks."""
+
+    def __init__(self, order: Order, task: Task, link: socket.socket) -> None:
+        self._order, self._task, self._link = order, task, link
+        self._on_cpu = order.device == "cpu"
+        self._own: dict[str, list[str]] = {}
+
+    def serve(self) -> None:
+        """Answer requests until the owner hangs up."""
+        kinds = {
+            "train": self._train,
+            "train code": self._train_code,
+            "try code": self._try_code,
+            "score": self._score,
+            "judge": self._judge,
+            "model": self._model,
+        }
+        while (received := receive(self._link)) is not None:
+            request, handles = received
+            folder, work = Path(request["folder"]), work_of(request["work"])
+            try:
+                answer = kinds[request["kind"]](work, folder, request, handles)
+            finally:
+                for handle in handles:
+                    os.close(handle)
+            self._link.sendall(pack(answer))
+
+    def _train(self, work: Work, folder: Path, request: Message, handles: Sequence[int]) -> Message:
+        order, task = self._order, self._task
+
+        def job(_: Say) -> Message:
+            recipe = recipe_of(task, work)
+            if not confines_itself(task):
+                enter(order, task, folder)
+            report = train(task, recipe, work, folder / "model", order.device)
+            check_budget(work.budget, report)
+            return {"report": plain(report)}
+
+        return asdict(
+            fork_run(job, task.limits, self._link, cap=self._on_cpu, log=folder / "trainer.log")
+        )
+
+    def _score(self, work: Work, folder: Path, request: Message, handles: Sequence[int]) -> Message:
+        order, task, sealed = self._order, self._task, request["sealed"]
+
+        def job(_: Say) -> Message:
+            code = bool(sealed) or confines_itself(task)
+            scratch, recipe = folder / "model", recipe_of(task, work, code=code)
+            if sealed:
+                scratch = folder / "sealed"
+                foreign.check_sealed(scratch, sealed)
+            score = task.score(scratch, recipe, work.split, order.device)
+            return {"score": check_score(score)}
+
+        return asdict(
+            fork_run(job, task.limits, self._link, cap=self._on_cpu, log=folder / "scorer.log")
+        )
+
+    # -------------------------------------------------------------------- foreign code
+
+    def _train_code(
+        self, work: Work, folder: Path, request: Message, handles: Sequence[int]
+    ) -> Message:
+        order, task, limits = self._order, self._task, self._task.limits
+        if refusal := self._refusal():
+            return asdict(Ending(refusal))
+        if confines_itself(task):
+            return self._train_command(work, folder)
+
+        def job(say: Say) -> Message:
+            recipe = recipe_of(task, work, code=True)
+            lay_out(task, work.variant, folder / "code", lint=order.lint)
+            yard = task.measure(recipe, work.budget, order.device)  # type: ignore[attr-defined]
+            say({"yardstick": asdict(yard), "cpu_s": time.process_time()})
+            most_s = foreign.most_s(yard) + 1
+            enter(order, task, folder, most_cpu_s=most_s, keep=(say.handle,), code=True)
+            with foreign.blamed(folder / "code"):
+                task.adopt(folder / "code")  # type: ignore[attr-defined]
+                return {"report": plain(train(task, recipe, work, folder / "model", order.device))}
+
+        watch = self._watch(folder, lambda opening: foreign.most_s(yard_of(opening)))
+        seen = self._run(job, limits, folder / "trainer.log", watch)
+        if seen.opening is None:
+            message = json.loads(seen.payload) if seen.payload else stopped(seen, limits)
+            return asdict(Ending(message, seen.cpu_s, seen.wall_s, seen.mem_bytes))
+        message = foreign.concluded(
+            seen, yard_of(seen.opening), work.budget, limits, accelerator=not self._on_cpu
+        )
+        sealed = ""
+        if message["outcome"] == Outcome.COMPLETED:
+            try:
+                sealed = foreign.seal(folder / "model", folder / "sealed")
+            except (Refused, OSError) as error:
+                message = foreign.rejected(str(error))
+        ending = Ending(message, seen.cpu_s, seen.wall_s, seen.mem_bytes)
+        return asdict(ending) | {"sealed": sealed, "judged": is_judged(task)}
+
+    def _train_command(self, work: Work, folder: Path) -> Message:
+        """Train by a command that the task confines; none of its code comes into this process."""
+        order, task, limits = self._order, self._task, self._task.limits
+
+        def job(_: Say) -> Message:
+            recipe = recipe_of(task, work, code=True)
+            lay_out(task, work.variant, folder / "code", lint=order.lint)
+            task.adopt(folder / "code")  # type: ignore[attr-defined]
+            report = train(task, recipe, work, folder / "model", order.device)
+            check_budget(work.budget, report)
+            return {"report": plain(report)}
+
+        watch = Watch(folder, order.disk_bytes)
+        seen = self._run(job, limits, folder / "trainer.log", watch)
+        message = json.loads(seen.payload) if seen.payload else stopped(seen, limits)
+        return asdict(Ending(message, seen.cpu_s, seen.wall_s, seen.mem_bytes))
+
+    def _try_code(
+        self, work: Work, folder: Path, request: Message, handles: Sequence[int]
+    ) -> Message:
+        """A few steps with the task's own code and with the foreign one."""
+        order, task = self._order, self._task
+        least_s = getattr(task, "trial_s", TRIAL_S)
+        limits = replace(task.limits, timeout_s=max(least_s, TRIAL_SHARE * task.limits.timeout_s))
+        if refusal := self._refusal():
+            return {"problem": foreign.spoken(refusal["error"]), "same": False}
+        key = json.dumps(dict(work.variant.overrides), sort_keys=True)
+        known = self._own.get(key)
+
+        def job(say: Say) -> Message:
+            recipe = recipe_of(task, work, code=True)
+            try:
+                lay_out(task, work.variant, folder / "code", lint=order.lint)
+            except Refused as error:
+                return {"problem": str(error)}
+            if not hasattr(task, "sample"):
+                return {"problem": ""}
+            own = known or sample(task, recipe, folder / "own", order.device)
+            say({"own": own, "cpu_s": time.process_time()})
+            enter(order, task, folder, keep=(say.handle,), code=True, limits=limits)
+            with foreign.blamed(folder / "code"):
+                task.adopt(folder / "code")  # type: ignore[attr-defined]
+                return {"samples": sample(task, recipe, folder / "model", order.device)}
+
+        seen = self._run(job, limits, folder / "trainer.log", self._watch(folder))
+        if seen.opening is not None:
+            if len(self._own) >= KEPT_SAMPLES:
+                self._own.clear()
+            self._own[key] = seen.opening["own"]
+        return foreign.tried(seen, limits)
+
+    def _judge(self, work: Work, folder: Path, request: Message, handles: Sequence[int]) -> Message:
+        """Have the task question the two models behind `handles`."""
+        order, task, sealed = self._order, self._task, folder / "sealed"
+
+        def job(_: Say) -> Message:
+            from society.experiments.channel import ArrayChannel
+
+            recipe = recipe_of(task, work, code=True)
+            deadline = time.monotonic() + task.limits.timeout_s
+            foreign.check_sealed(sealed, request["sealed"])
+            first, second = (ArrayChannel(line, line, deadline=deadline) for line in handles)
+            with first, second:
+                score = task.judge(  # type: ignore[attr-defined]
+                    sealed, recipe, work.split, order.device, (first, second)
+                )
+            foreign.check_sealed(sealed, request["sealed"])
+            return {"score": check_score(score)}
+
+        return asdict(
+            fork_run(job, task.limits, self._link, cap=self._on_cpu, log=folder / "scorer.log")
+        )
+
+    def _model(self, work: Work, folder: Path, request: Message, handles: Sequence[int]) -> Message:
+        """Hold a model until the scorer leaves."""
+        order, task, (line,) = self._order, self._task, handles
+        post = Post(request["post"])
+
+        def job(say: Say) -> Message:
+            from society.experiments.channel import ArrayChannel
+
+            recipe = recipe_of(task, work, code=True)
+            deadline = time.monotonic() + task.limits.timeout_s
+            channel = ArrayChannel(line, line, deadline=deadline, peer="the scorer")
+            enter(order, task, folder, post=post, keep=(say.handle, line), code=True)
+            with foreign.blamed(folder / "code"):
+                task.adopt(folder / "code")  # type: ignore[attr-defined]
+                task.serve(folder / "sealed", recipe, order.device, channel)  # type: ignore[attr-defined]
+                return {}
+
+        watch = Watch(
+            folder / post if not self._on_cpu else None,
+            order.disk_bytes,
+            line=line,
+            report_bytes=foreign.REPORT_BYTES,
+        )
+        seen = self._run(job, task.limits, folder / f"{post}.log", watch)
+        ending = foreign.served(seen, task.limits)
+        return asdict(Ending(ending, seen.cpu_s, seen.wall_s, seen.mem_bytes))
+
+    def _run(self, job: Any, limits: Limits, log: Path, watch: Watch) -> Watched:
+        return watch_run(job, limits, self._link, cap=self._on_cpu, log=log, watch=watch)
+
+    def _watch(self, folder: Path, most_cpu_s: Any = None) -> Watch:
+        return Watch(
+            folder,
+            self._order.disk_bytes,
+            stranger=True,
+            most_cpu_s=most_cpu_s if self._on_cpu else None,
+            report_bytes=foreign.REPORT_BYTES,
+        )
+
+    def _refusal(self) -> Message | None:
+        """Why no foreign code runs here."""
+        if not takes_code(self._task):
+            return foreign.rejected(
+                f"The variant changes code, and the task {self._task.name} has none to change."
+            )
+        level, least = Level(self._order.level), Level(self._order.require)
+        if level.rank < least.rank:
+            return foreign.rejected(
+                f"A variant that changes code needs at least the sandbox level {str(least)!r}; "
+                f"this machine offers {str(level)!r}: see society doctor."
+            )
+        return None
 
 
-def _job(order: Order, task: Task, request: Message) -> Job:
-    """What the forked run has to do."""
-    work, scratch = _work(request["work"]), Path(request["scratch"])
-    if request["role"] == Role.TRAINER:
-        return lambda: _train(task, work, scratch, order.device)
-    return lambda: {
-        "score": check_score(task.score(scratch, recipe_of(task, work), work.split, order.device))
-    }
+def yard_of(opening: Message) -> Yardstick:
+    """The yardstick that a run reported before any foreign code was near."""
+    return Yardstick(**opening["yardstick"])
 
 
-def _train(task: Task, work: Work, scratch: Path, device: str) -> Message:
-    report = train(task, recipe_of(task, work), work, scratch, device)
-    check_budget(work.budget, report)
-    return {"report": _plain(report)}
+def lay_out(task: Task, variant: Variant, folder: Path, *, lint: bool) -> None:
+    """Write the files that a code change amounts to. Raises `Refused` if it is not one."""
+    sources = task.sources()  # type: ignore[attr-defined]
+    try:
+        files = patches.effective(sources, variant.patch)
+        if lint:
+            patches.check(files, sources, patches.rules_of(task))
+    except patches.BadPatch as error:
+        raise Refused(str(error)) from error
+    folder.mkdir()
+    foreign.write_code(files, sources, folder)
 
 
-def _plain(report: TrainReport) -> Message:
-    return asdict(report) | {"curve": thin(report.curve)}
+def sample(task: Task, recipe: object, scratch: Path, device: str) -> list[str]:
+    """The bits after a few steps, at two seeds."""
+    found = []
+    for seed in TRIAL_SEEDS:
+        place = scratch / str(seed)
+        place.mkdir(parents=True)
+        found.append(task.sample(recipe, seed, place, device))  # type: ignore[attr-defined]
+    return found
 
 
-def _work(values: Message) -> Work:
+def enter(
+    order: Order,
+    task: Task,
+    folder: Path,
+    *,
+    code: bool = False,
+    post: Post = Post.TRAINER,
+    most_cpu_s: float = 0.0,
+    limits: Limits | None = None,
+    keep: Sequence[int] = (),
+) -> None:
+    """Confine this process, if runs of the task are confined.
+
+    Args:
+        order: Of this loop.
+        task: Whose run it is.
+        folder: Of the run.
+        code: Whether foreign code comes next.
+        post: A training may write; a process that holds a model may not.
+        most_cpu_s: Processor seconds from now on; by default a little above the time-out.
+        limits: Where they are not the task's own.
+        keep: Descriptors that stay open beside the usual three, when foreign code comes next.
+    """
+    access = access_of(task)
+    if access is None:
+        return
+    limits, on_cpu = limits or task.limits, order.device == "cpu"
+    write = _writable(folder, post, code=code, on_cpu=on_cpu)
+    if code and on_cpu:
+        _close_all_but({0, 1, 2, *keep})
+    cpu_s = most_cpu_s or limits.timeout_s + SPARE_CPU_S
+    sandbox.confine(
+        Policy(
+            read=(*access.read, folder / "code", folder / "sealed") if code else access.read,
+            write=write,
+            hidden=access.hidden,
+            devices=() if on_cpu else tuple(sandbox.gpu_devices()),
+            processes=access.processes if on_cpu else max(COMPILERS, access.processes),
+            cpu_s=math.ceil(cpu_s) if on_cpu and not access.processes else 0.0,
+            file_bytes=order.disk_bytes if code else MAX_FILE_BYTES,
+        ),
+        Level(order.level),
+    )
+
+
+def _writable(folder: Path, post: Post, *, code: bool, on_cpu: bool) -> tuple[Path, ...]:
+    """Where a run may write; its temporary files go there, and what foreign code compiles."""
+    trains = post is Post.TRAINER
+    if not trains and on_cpu:
+        return ()
+    room = folder / ("tmp" if trains else post)
+    room.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(room)
+    if on_cpu:
+        return folder / "model", room
+    if code:  # nothing that it compiles may ever be found by another run
+        for name in ("SOCIETY_CACHE", devices.COMPILE_CACHE, "TRITON_CACHE_DIR"):
+            os.environ[name] = str(room / name.lower())
+        return (folder / "model", room) if trains else (room,)
+    chosen = [Path(os.environ[name]) for name in _COMPILE_CACHES if name in os.environ]
+    return folder / "model", room, cache_dir(), Path.home() / ".triton", *chosen
+
+
+_COMPILE_CACHES = (devices.COMPILE_CACHE, "TRITON_CACHE_DIR")
+
+
+def _close_all_but(keep: set[int]) -> None:
+    """Leave nothing open that this process was forked with."""
+    last = 0
+    for handle in sorted(keep):
+        if handle > last:  # an empty range that ends at 0 closes everything
+            os.closerange(last, handle)
+        last = handle + 1
+    os.closerange(last, 1 << 16)
+
+
+def work_of(values: Message) -> Work:
     """Back from what `dataclasses.asdict` made of it."""
     return Work(
         run_id=values["run_id"],
@@ -231,11 +617,12 @@ def _work(values: Message) -> Work:
     )
 
 
-def receive(link: socket.socket) -> Message | None:
-    """The next message, or None when the other side is gone."""
-    header = _exactly(link, HEADER)
+def receive(link: socket.socket) -> tuple[Message, list[int]] | None:
+    """The next message and the descriptors that came with it; None if the other side is gone."""
+    header, handles, _, _ = socket.recv_fds(link, HEADER, 4)
+    header += _exactly(link, HEADER - len(header)) if header else b""
     body = _exactly(link, int.from_bytes(header, "big")) if header else b""
-    return json.loads(body) if body else None
+    return (json.loads(body), handles) if body else None
 
 
 def _exactly(link: socket.socket, size: int) -> bytes:
@@ -246,151 +633,6 @@ def _exactly(link: socket.socket, size: int) -> bytes:
             return b""
         data += chunk
     return data
-
-
-def fork_run(
-    job: Job, limits: Limits, link: socket.socket, *, cap: bool, log: Path | None = None
-) -> Ending:
-    """Do a job in a forked process and wait for its end.
-
-    The process and all of its group are killed at the time-out, after its report, and when the
-    owner's `link` closes; in that case this process ends too.
-    """
-    parent, started = os.getpid(), time.monotonic()
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        link.close()
-        _become_run(job, parent, writing, limits.mem_bytes if cap else 0, log)
-    os.close(writing)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.setpgid(pid, pid)  # the child does it too; whoever comes first
-    payload, in_time = _await_report(reading, link, started + limits.timeout_s, pid)
-    os.close(reading)
-    status, usage = _bury(pid, GRACE_S if in_time and not payload else 0.0)
-    return Ending(
-        message=_outcome(payload, in_time, status, limits),
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        wall_s=time.monotonic() - started,
-        mem_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-    )
-
-
-def _become_run(job: Job, parent: int, pipe: int, mem_bytes: int, log: Path | None) -> NoReturn:
-    """The whole life of a forked run."""
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        guard(parent, signal.SIGKILL)
-        if log is not None:
-            _redirect(log)
-        _limit(mem_bytes)
-        _report(pipe, _attempt(job))
-        code = 0
-    finally:
-        _leave(code)
-
-
-def _attempt(job: Job) -> Message:
-    try:
-        return {"outcome": Outcome.COMPLETED} | job()
-    except Exception as error:  # noqa: BLE001 - whatever a run raises is its outcome
-        if outcome_of(error) is Outcome.CRASHED and not is_out_of_memory(error):
-            traceback.print_exc()
-        spent = {"report": _plain(error.report)} if isinstance(error, Diverged) else {}
-        return {"outcome": outcome_of(error), "error": describe_error(error)} | spent
-
-
-def _redirect(log: Path) -> None:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
-
-
-def _limit(mem_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
-    if mem_bytes:
-        most = psutil.Process().memory_info().vms + mem_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
-def _report(pipe: int, message: Message) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    left = memoryview(pack(message))
-    while left:
-        left = left[os.write(pipe, left) :]
-
-
-def _leave(code: int) -> NoReturn:
-    """End a forked process without running what its parent registered."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def _await_report(pipe: int, link: socket.socket, deadline: float, pid: int) -> tuple[bytes, bool]:
-    """What the run wrote, and whether it ended by itself before the deadline."""
-    data = b""
-    while len(data) < HEADER or len(data) < HEADER + int.from_bytes(data[:HEADER], "big"):
-        left_s = max(0.0, deadline - time.monotonic())
-        ready, _, _ = select.select([pipe, link.fileno()], [], [], left_s)
-        if link.fileno() in ready and not link.recv(1, socket.MSG_PEEK):
-            _kill_group(pid)
-            sys.exit(0)
-        if pipe in ready:
-            chunk = os.read(pipe, 1 << 16)
-            if not chunk:
-                return b"", True
-            data += chunk
-        elif time.monotonic() >= deadline:
-            return b"", False
-    return data[HEADER:], True
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _bury(pid: int, grace_s: float) -> tuple[int, resource.struct_rusage]:
-    """Wait a moment for the end of a process, then kill it with its group."""
-    deadline, pause = time.monotonic() + grace_s, 0.0005
-    while time.monotonic() < deadline:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
-        if found:
-            _kill_group(pid)  # what it may have left behind
-            return status, usage
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
-    _kill_group(pid)
-    _, status, usage = os.wait4(pid, 0)
-    return status, usage
-
-
-def _outcome(payload: bytes, in_time: bool, status: int, limits: Limits) -> Message:
-    if payload:
-        found: Message = json.loads(payload)
-        return found
-    if not in_time:
-        stop = f"timed out: killed after {limits.timeout_s:g} s"
-        return {"outcome": Outcome.TIMED_OUT, "error": stop}
-    return {"outcome": Outcome.CRASHED, "error": _cause(status)}
-
-
-def _cause(status: int) -> str:
-    """Why a process ended without a report."""
-    if not os.WIFSIGNALED(status):
-        return f"crashed: exit code {os.waitstatus_to_exitcode(status)} without a report"
-    number = signal.Signals(os.WTERMSIG(status))
-    hint = " (the system may have run out of memory)" if number is signal.SIGKILL else ""
-    return f"crashed: killed by {number.name}{hint}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ One folder holds one notebook::
     ├── recall/              the semantic index, rebuilt from the ledger at any time
     ├── checkpoints.sqlite   the agents' graphs
     ├── logs/                one JSON file per society
+    ├── transcripts/         what language models were asked and answered, a file per society
+    ├── answers.sqlite       their answers by question, so that none is paid twice after a crash
     ├── report/              what a society wrote at its end
     └── owner.lock           held by the process that runs a society here
 
@@ -170,6 +172,16 @@ class NotebookFolder:
     def logs(self) -> Path:
         """The folder of JSON logs."""
         return self.path / "logs"
+
+    @property
+    def transcripts(self) -> Path:
+        """The folder of transcripts of language models; made when the first one is asked."""
+        return self.path / "transcripts"
+
+    @property
+    def answers(self) -> Path:
+        """The SQLite file of language models' answers; it may be deleted at any time."""
+        return self.path / "answers.sqlite"
 
     @property
     def report(self) -> Path:

@@ -30,6 +30,7 @@ from society.records import Champion, Claim, Hypothesis, Run, Scope
 _TIMES = (
     "started_at", "finished_at", "filed_at", "decided_at", "since", "posted_at", "ended_at",
     "registered_at", "concluded_at", "refused_at", "imported_at", "taken_until",
+    "called_at",
 )  # fmt: skip
 
 RUN_COLUMNS = (
@@ -61,6 +62,10 @@ STUDY_COLUMNS = (
 )  # fmt: skip
 REFUSAL_COLUMNS = (
     "society", "agent", "task", "variant", "fingerprint", "reason", "run_id", "note", "refused_at",
+)  # fmt: skip
+CALL_COLUMNS = (
+    "society", "agent", "purpose", "model", "outcome", "prompt_tokens", "completion_tokens",
+    "dollars", "wall_s", "called_at",
 )  # fmt: skip
 SAVED_COLUMNS = ("reason", "refusals", "variants", "wall_s", "flops")
 PRIOR_COLUMNS = (
@@ -209,6 +214,10 @@ class Memory:
         """
         found = answers.saved_rows(self._ledger.refusals(), self._ledger.runs())
         return _frame(found, SAVED_COLUMNS)
+
+    def calls(self) -> pd.DataFrame:
+        """One row per request to a language model, in order; `dollars` by the configured prices."""
+        return _frame(map(_fields(CALL_COLUMNS), self._ledger.calls()), CALL_COLUMNS)
 
     def priors(self) -> pd.DataFrame:
         """One row per result that was brought along from elsewhere; evidence for nothing here."""

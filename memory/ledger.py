@@ -28,6 +28,7 @@ from society.memory.feed import Posted
 from society.memory.mirror import Board, Docket, Mirror, read_claims, read_runs
 from society.memory.schema import (
     activities,
+    calls,
     champions,
     claims,
     commits,
@@ -51,6 +52,7 @@ from society.memory.tally import Spent
 from society.records import (
     Activity,
     Budget,
+    Call,
     Champion,
     Claim,
     Counts,
@@ -74,6 +76,7 @@ from society.records import (
     SocietyState,
     Split,
     Study,
+    Usage,
     Variant,
 )
 
@@ -511,7 +514,37 @@ class Ledger:
                 return
             tx.execute(insert(sources).values(digest=digest, content=content, kept_at=CLOCK))
 
+    def record_call(self, call: Call) -> None:
+        """Record a request to a language model, answered or not, as made now.
+
+        One short transaction that does not wait for the disk, and that `version` does not count:
+        the next fact takes it along. (A power cut may take the calls after the last fact.)
+
+        Raises:
+            InvariantViolated: there is no such society, or a number is negative or no number.
+        """
+        with self._db.write(visible=False, durable=False) as tx:
+            tx.execute(_NEW_CALL, rows.call_values(call))
+
     # --- reading -------------------------------------------------------------------------------
+
+    def usage(self, society: str, agent: str | None = None) -> Usage:
+        """What a society's requests to language models have cost so far, or those of one agent."""
+        with self._db.read() as tx:
+            return tally.usage(tx, society, agent)
+
+    def usage_by_agent(self, society: str) -> Mapping[str, Usage]:
+        """What each agent's requests have cost; only those who made some, in order of name."""
+        with self._db.read() as tx:
+            return tally.usage_by_agent(tx, society)
+
+    def calls(self, society: str | None = None) -> tuple[Call, ...]:
+        """Requests to language models in the order in which they were recorded."""
+        query = select(calls).order_by(calls.c.number)
+        if society is not None:
+            query = query.where(calls.c.society == society)
+        with self._db.read() as tx:
+            return tuple(rows.to_call(row) for row in tx.execute(query).mappings())
 
     def source(self, digest: str) -> str | None:
         """What was kept under a digest; None for runs made before sources were kept."""
@@ -938,6 +971,7 @@ class Ledger:
             )
 
 
+_NEW_CALL = insert(calls).values(called_at=CLOCK)
 _NEW_RUN = insert(runs).values(finished_at=CLOCK).returning(*runs.c)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import (
+    BigInteger,
     CheckConstraint,
     Column,
     Connection,
@@ -36,12 +37,14 @@ from sqlalchemy import (
 from sqlalchemy.pool import NullPool
 
 from society.errors import NotANotebook, NotebookDamaged
-from society.memory.database import Backend, Database
+from society.memory.database import Backend, Database, stored
 from society.memory.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
 
+FIRST_SHARED = 3
+"""The oldest schema that a PostgreSQL database can hold."""
 BUSY_S = 30.0
 """How long an upgrade waits for a writer."""
 
@@ -53,8 +56,9 @@ class Upgraded:
     before: int
     """Schema version it found."""
     after: int
-    backup: Path | None
-    """Where the ledger of before was kept; None when it was up to date."""
+    backup: Path | str | None
+    """Where the ledger of before was kept: a file, or the name of the schema that holds a copy of
+    each table in the same PostgreSQL database. None when it was up to date."""
     changes: tuple[str, ...] = ()
     """What is new or different, one sentence each."""
 
@@ -62,8 +66,9 @@ class Upgraded:
 def upgrade(place: Path | str) -> Upgraded:
     """Bring a ledger to this version's schema; all of it, or nothing.
 
-    A file is copied first. The caller owns the notebook's folder; readers may go on reading the
-    old contents until the end. (PostgreSQL holds ledgers since schema 3: there is nothing older.)
+    A file is copied first; in a PostgreSQL database the tables are. The caller owns the notebook's
+    folder; readers may go on reading the old contents until the end. (PostgreSQL holds ledgers
+    since schema 3: there is nothing older.)
 
     Args:
         place: A file, or the address of a shared ledger.
@@ -72,11 +77,13 @@ def upgrade(place: Path | str) -> Upgraded:
         NotANotebook: the file is no ledger, or a newer version of society wrote it.
         NotebookDamaged: it cannot be read or written, or does not pass the final checks.
         NotebookInUse: another process writes to it.
+        LedgerUnreachable: the server does not answer.
     """
     with closing(Database(place, read_only=False)) as database:
         if not isinstance(database.path, Path):
+            done = _upgrade_shared(database)
             database.initialise(None)
-            return Upgraded(SCHEMA_VERSION, SCHEMA_VERSION, None)
+            return done
         if not database.path.is_file():
             raise NotANotebook(f"No ledger at {place}. Name the folder of an existing notebook.")
         return _upgrade(database, database.path)
@@ -104,6 +111,46 @@ def _upgrade(database: Database, file: Path) -> Upgraded:
     finally:
         engine.dispose()
     return Upgraded(before, SCHEMA_VERSION, backup, changes)
+
+
+def _upgrade_shared(database: Database) -> Upgraded:
+    """Upgrade a PostgreSQL ledger, whose server undoes a change of tables like any other."""
+    with database.write(visible=False) as connection:
+        if not database.backend.tables(connection):  # an empty database: there is nothing old
+            return Upgraded(SCHEMA_VERSION, SCHEMA_VERSION, None)
+        before = _shared_version(connection, database)
+        if before == SCHEMA_VERSION:
+            return Upgraded(before, before, None)
+        backup = _copy_tables(connection, database, before)
+        changes = _migrate(connection, database.backend, database.path, before)
+    return Upgraded(before, SCHEMA_VERSION, backup, changes)
+
+
+def _shared_version(connection: Connection, database: Database) -> int:
+    if not {"meta", "outbox"} <= database.backend.tables(connection):
+        raise NotANotebook(
+            f"{database.path} is a database but no notebook's ledger. Name another one."
+        )
+    found = stored(connection, "schema")
+    version = int(found) if found.isdigit() else 0
+    if not FIRST_SHARED <= version <= SCHEMA_VERSION:
+        raise NotANotebook(
+            f"The ledger {database.path} has schema {found}; this version of society knows "
+            f"{FIRST_SHARED} to {SCHEMA_VERSION}. Read it with the version of society that wrote "
+            "it."
+        )
+    return version
+
+
+def _copy_tables(connection: Connection, database: Database, version: int) -> str:
+    """Copy every table of a PostgreSQL ledger into a schema of its own; the schema's name."""
+    taken = set(connection.exec_driver_sql("SELECT nspname FROM pg_catalog.pg_namespace").scalars())
+    names = (f"society_schema{version}{n}" for n in ("", *(f"_{i}" for i in range(2, 100))))
+    name = next(one for one in names if one not in taken)
+    connection.exec_driver_sql(f"CREATE SCHEMA {name}")
+    for table in sorted(database.backend.tables(connection)):
+        connection.exec_driver_sql(f'CREATE TABLE {name}."{table}" AS TABLE "{table}"')
+    return name
 
 
 def version_of(connection: Connection, file: Path) -> int:
@@ -168,39 +215,45 @@ def _back_up(file: Path, version: int) -> Path:
     return place
 
 
-def _migrate(connection: Connection, backend: Backend, file: Path, before: int) -> tuple[str, ...]:
+def _migrate(
+    connection: Connection, backend: Backend, place: Path | str, before: int
+) -> tuple[str, ...]:
     from alembic.migration import MigrationContext
     from alembic.operations import Operations
 
-    rows = _row_counts(connection)
+    rows = _row_counts(connection, backend)
     backend.drop_rules(connection)
     operations = Operations(MigrationContext.configure(connection))
     changes: list[str] = []
     for version in range(before, SCHEMA_VERSION):
         changes += _STEPS[version](operations, connection)
-    connection.exec_driver_sql(
-        "UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA_VERSION),)
+    connection.execute(
+        text("UPDATE meta SET value = :version WHERE key = 'schema'"),
+        {"version": str(SCHEMA_VERSION)},
     )
-    _check(connection, file, rows)
+    _check(connection, backend, place, rows)
     backend.create_rules(connection)
     return tuple(changes)
 
 
-def _row_counts(connection: Connection) -> dict[str, int]:
-    query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
-    names = connection.exec_driver_sql(query).scalars().all()
+def _row_counts(connection: Connection, backend: Backend) -> dict[str, int]:
     return {
         name: int(connection.exec_driver_sql(f'SELECT count(*) FROM "{name}"').scalar_one())
-        for name in names
+        for name in sorted(backend.tables(connection))
+        if not name.startswith("sqlite")
     }
 
 
-def _check(connection: Connection, file: Path, rows: dict[str, int]) -> None:
-    """No row may be missing, and none may cite what is not there."""
-    now = _row_counts(connection)
+def _check(
+    connection: Connection, backend: Backend, place: Path | str, rows: dict[str, int]
+) -> None:
+    """No row may be missing, and none may cite what is not there (a server sees to that itself)."""
+    now = _row_counts(connection, backend)
     lost = [name for name, count in rows.items() if now.get(name, -1) < count]
-    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-    damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+    broken, damage = None, "ok"
+    if connection.dialect.name == "sqlite":
+        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+        damage = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one())
     if lost or broken or damage != "ok":
         what = (
             f"rows of {lost[0]} would be lost"
@@ -210,7 +263,7 @@ def _check(connection: Connection, file: Path, rows: dict[str, int]) -> None:
             else str(damage)
         )
         raise NotebookDamaged(
-            f"The ledger {file} cannot be upgraded: {what}. It was not changed; restore it from a "
+            f"The ledger {place} cannot be upgraded: {what}. It was not changed; restore it from a "
             "backup, or read it with the version of society that wrote it."
         )
 
@@ -483,6 +536,35 @@ def _fill_tallies(connection: Connection) -> None:
     )
 
 
+# --- 3 to 4: what language models cost ------------------------------------------------------------
+
+
+def _to_4(op: Operations, connection: Connection) -> list[str]:
+    with op.batch_alter_table("refusals") as refusals:
+        refusals.drop_constraint("reason_known", type_="check")
+        refusals.create_check_constraint(
+            "reason_known",
+            "reason IN ('duplicate', 'near_duplicate', 'dead_end', 'same_idea', 'broken',"
+            " 'advised_against')",
+        )
+    tokens = BigInteger().with_variant(Integer, "sqlite")
+    op.create_table(
+        "calls",
+        Column("number", Integer, primary_key=True, autoincrement=False),
+        _society(),
+        *_needed(Text, "agent", "purpose", "model", "outcome"),
+        Column("prompt_tokens", tokens, nullable=False),
+        Column("completion_tokens", tokens, nullable=False),
+        *_needed(Float, "dollars", "wall_s", "called_at"),
+        CheckConstraint("prompt_tokens >= 0 AND completion_tokens >= 0", name="tokens_are_counts"),
+        CheckConstraint("dollars >= 0 AND dollars < 1000000000", name="dollars_are_spent"),
+        CheckConstraint("wall_s >= 0 AND wall_s < 1000000000", name="wall_s_is_a_time"),
+        CheckConstraint("outcome <> 'cached' OR dollars = 0", name="cached_costs_nothing"),
+    )
+    op.create_index("calls_of_society", "calls", ["society", "agent"])
+    return ["Requests to language models, and what they cost, can be recorded."]
+
+
 def _needed(
     kind: type[Text] | type[Float[float]] | type[Integer], *names: str
 ) -> Sequence[Column[object]]:
@@ -497,5 +579,9 @@ def _society() -> Column[str]:
     return Column("society", Text, ForeignKey("societies.id"), nullable=False)
 
 
-_STEPS: dict[int, Callable[[Operations, Connection], list[str]]] = {1: _to_2, 2: _to_3}
+_STEPS: dict[int, Callable[[Operations, Connection], list[str]]] = {
+    1: _to_2,
+    2: _to_3,
+    3: _to_4,
+}
 """Version found -> how to get to the next one."""

@@ -115,7 +115,7 @@ class Board:
                 if run.outcome is Outcome.COMPLETED and run.score is not None:
                     self._scores[fingerprint] = run.score
                     ranked.append((run.score, place))
-                    if len(run.variant.overrides) == 1:
+                    if len(run.variant.overrides) + (run.variant.patch is not None) == 1:
                         alone.append((run.score, place))
             _merge(self._ranking, ranked)
             _merge(self._alone, alone)

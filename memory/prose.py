@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from society.cleaning import bounded
+from society.codechange import describe_patch
 from society.errors import UnknownName
 from society.records import (
     Claim,
@@ -67,6 +69,9 @@ _CLOSED = {
 _NAMED = re.compile(r"\b(?:([a-z]\w*)=|([a-z][a-z0-9]*(?:_[a-z0-9]+)+)\b)")
 """What a free text names as a knob: `name=value`, or a name with an underscore."""
 _BATCH = 1000
+FOREIGN_CHARS = 1000
+"""How much a passage holds of a text that an agent, a model or another program wrote. It goes into
+what other agents read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +217,7 @@ class _Teller:
             text += "" if words == _UNCHANGED else f" ({words})"
         text += f": {self._came_to(run, reign)}."
         if run.idea:
-            text += f" Idea: {run.idea}"
+            text += f" Idea: {_foreign(run.idea)}"
         return Passage(
             f"run:{run.id}", "run", run.id, run.society, text, run.agent,
             self._outcome(run, reign), _touched(run.variant, reign), run.finished_at,
@@ -279,21 +284,22 @@ class _Teller:
                 f"{effect.high:+.5f} on {effect.seeds} seeds."
             )
         if verdict.reason:
-            text += f" {verdict.reason}"
+            text += f" {_foreign(verdict.reason)}"
         return Passage(
             f"verdict:{claim.id}", "verdict", claim.id, claim.society, text, verdict.judge,
             verdict.decision.value, changed(claim.variant, claim.reference), verdict.decided_at,
         )  # fmt: skip
 
     def _hypothesis(self, scope: Scope, hypothesis: Hypothesis) -> Passage:
-        text = f"Hypothesis: {hypothesis.statement} Try {hypothesis.variant.describe()}."
+        said = _foreign(hypothesis.statement)
+        text = f"Hypothesis: {said} Try {hypothesis.variant.describe()}."
         if hypothesis.rationale:
-            text += f" Because: {hypothesis.rationale}"
+            text += f" Because: {_foreign(hypothesis.rationale)}"
         state = hypothesis.state if hypothesis.state in IDEAS else HypothesisState.OPEN
         if state is HypothesisState.TESTED:
             text += f" {self._test(hypothesis)}"
         if state is HypothesisState.DROPPED:
-            text += f" Dropped without a test: {hypothesis.dropped_because}."
+            text += f" Dropped without a test: {_foreign(hypothesis.dropped_because or '')}."
         return Passage(
             f"hypothesis:{hypothesis.id}", "hypothesis", hypothesis.id, hypothesis.society, text,
             hypothesis.author, state.value,
@@ -310,22 +316,28 @@ class _Teller:
 
     @staticmethod
     def _insight(insight: Insight) -> Passage:
+        text = _foreign(insight.text)
         return Passage(
-            f"insight:{insight.id}", "insight", insight.id, insight.society, insight.text,
-            insight.author, "", _named(insight.text), insight.posted_at,
+            f"insight:{insight.id}", "insight", insight.id, insight.society, text,
+            insight.author, "", _named(text), insight.posted_at,
         )  # fmt: skip
 
     @staticmethod
     def _prior(prior: Prior) -> Passage:
         score = "without a score" if prior.score is None else f"score {prior.score:.5f}"
         text = (
-            f"Elsewhere, not verified here ({prior.source}, {prior.label}): "
-            f"{prior.description} [{prior.status}, {score}]"
+            f"Elsewhere, not verified here ({_foreign(prior.source)}, {_foreign(prior.label)}): "
+            f"{_foreign(prior.description)} [{_foreign(prior.status)}, {score}]"
         )
         return Passage(
             f"prior:{prior.id}", "prior", prior.id, prior.society, text,
             "", "", _named(prior.description), prior.imported_at,
         )  # fmt: skip
+
+
+def _foreign(text: str) -> str:
+    """A text that somebody else wrote: one line without hidden characters, not too long."""
+    return bounded(text, FOREIGN_CHARS)
 
 
 def milliseconds(seconds: float) -> int:
@@ -366,9 +378,16 @@ def changes(variant: Variant, reference: Variant) -> str:
         f" to {variant.overrides.get(name, _BASELINE)}"
         for name in sorted(changed(variant, reference))
     ]
-    if variant.patch != reference.patch:
-        parts.append("the code")
+    if variant.code != reference.code:
+        parts.append(code_change(variant))
     return "changes " + ", ".join(parts) if parts else _UNCHANGED
+
+
+def code_change(variant: Variant) -> str:
+    """What a variant with other code than a reference has, in words."""
+    if variant.patch is None:
+        return "the code back to the baseline's"
+    return f"the code: {describe_patch(variant.patch)}"
 
 
 _UNCHANGED = "changes nothing"

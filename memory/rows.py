@@ -17,6 +17,7 @@ from society.records import (
     Activity,
     Budget,
     BudgetKind,
+    Call,
     Champion,
     Claim,
     Cost,
@@ -51,6 +52,9 @@ _Record = TypeVar("_Record", bound="DataclassInstance")
 
 Variants = Mapping[str, Variant]
 """Variants by fingerprint."""
+
+_NAME_CHARS = 200
+"""How much is kept of what a server or a configuration calls a model."""
 
 
 def clean_text(text: str) -> str:
@@ -265,6 +269,22 @@ def to_refusal(row: RowMapping, variants: Variants) -> Refusal:
         note=row["note"],
         refused_at=row["refused_at"],
     )
+
+
+def call_values(call: Call) -> dict[str, Any]:
+    """The row of a request to a language model, but for when it was made; names are bounded."""
+    values = dataclasses.asdict(cleaned(call))
+    del values["called_at"]
+    return {
+        name: value[:_NAME_CHARS] if type(value) is str and name != "society" else value
+        for name, value in values.items()
+    }
+
+
+def to_call(row: RowMapping) -> Call:
+    """A request to a language model from its row."""
+    names = [field.name for field in dataclasses.fields(Call)]
+    return Call(**{name: row[name] for name in names})
 
 
 def to_prior(row: RowMapping) -> Prior:

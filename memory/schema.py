@@ -45,7 +45,7 @@ from society.records import (
     Split,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raised by one whenever a ledger of the version before cannot be read any more."""
 
 
@@ -567,12 +567,35 @@ commits = Table(
     _number("at"),
 )
 
+calls = Table(
+    "calls",
+    metadata,
+    _counted(),
+    _society(),
+    _text("agent"),
+    _text("purpose"),
+    _text("model"),
+    _text("outcome"),
+    Column("prompt_tokens", LONG, nullable=False),
+    Column("completion_tokens", LONG, nullable=False),
+    _number("dollars"),
+    _number("wall_s"),
+    _number("called_at"),
+    CheckConstraint("prompt_tokens >= 0 AND completion_tokens >= 0", name="tokens_are_counts"),
+    CheckConstraint("dollars >= 0 AND dollars < 1000000000", name="dollars_are_spent"),
+    CheckConstraint("wall_s >= 0 AND wall_s < 1000000000", name="wall_s_is_a_time"),
+    CheckConstraint("outcome <> 'cached' OR dollars = 0", name="cached_costs_nothing"),
+    Index("calls_of_society", "society", "agent"),
+)
+"""Requests to language models, answered or not: what the society's caps are compared with."""
+
 outbox = Table("outbox", metadata, _counted("seq"), _text("kind"), _text("ref"))
 """What the semantic index has still to read, in order; written by triggers."""
 
 FACTS = (
     scopes, seeds, variants, runs, claims, verdicts, verdict_runs, champions, insights, noise,
-    studies, study_results, study_runs, activities, commits, outbox, refusals, priors, sources,
+    studies, study_results, study_runs, activities, commits, calls, outbox, refusals, priors,
+    sources,
 )  # fmt: skip
 """Tables whose rows are never updated, deleted or replaced."""
 

@@ -6,17 +6,18 @@ Functions for the inside of a transaction. No run is read: a trigger keeps the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, and_, exists, func, or_, select
+from sqlalchemy import Connection, and_, case, exists, func, or_, select
 
 from society.memory import exchange
 from society.memory.entries import CLOCK
 from society.memory.schema import (
     LeaseState,
+    calls,
     champions,
     claims,
     hypotheses,
@@ -36,6 +37,7 @@ from society.records import (
     RunKind,
     Savings,
     Scope,
+    Usage,
 )
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
@@ -60,6 +62,49 @@ def spent(tx: Connection, society: str) -> Spent:
     runs, wall_s = tx.execute(sums.where(tallies.c.society == society)).one()
     under_way = tx.execute(_living().where(leases.c.society == society)).scalar_one()
     return Spent(int(runs or 0), float(wall_s or 0.0), int(under_way))
+
+
+_ANSWERED, _CACHED = "answered", "cached"
+
+
+def usage(tx: Connection, society: str, agent: str | None = None) -> Usage:
+    """What requests to language models have cost, of a society or of one of its agents."""
+    query = select(*_SUMS).where(calls.c.society == society)
+    if agent is not None:
+        query = query.where(calls.c.agent == agent)
+    return _usage(tx.execute(query).one())
+
+
+def usage_by_agent(tx: Connection, society: str) -> Mapping[str, Usage]:
+    """What requests of each agent have cost, by name."""
+    query = select(calls.c.agent, *_SUMS).where(calls.c.society == society)
+    found = tx.execute(query.group_by(calls.c.agent)).all()
+    return {agent: _usage(sums) for agent, *sums in sorted(found, key=lambda row: str(row[0]))}
+
+
+def _sum_unless_cached(column: Any) -> Any:
+    """What came from the cache was paid before."""
+    return func.sum(case((calls.c.outcome == _CACHED, 0), else_=column))
+
+
+_SUMS = (
+    func.count(),
+    func.sum(case((calls.c.outcome.in_([_ANSWERED, _CACHED]), 0), else_=1)),
+    func.sum(case((calls.c.outcome == _CACHED, 1), else_=0)),
+    *map(_sum_unless_cached, (calls.c.prompt_tokens, calls.c.completion_tokens, calls.c.dollars)),
+)
+
+
+def _usage(sums: Sequence[Any]) -> Usage:
+    made, failed, cached, prompt, completion, dollars = sums
+    return Usage(
+        calls=int(made),
+        failed=int(failed or 0),
+        cached=int(cached or 0),
+        prompt_tokens=int(prompt or 0),
+        completion_tokens=int(completion or 0),
+        dollars=float(dollars or 0.0),
+    )
 
 
 def decisions(tx: Connection, scope: int) -> Mapping[Decision, int]:

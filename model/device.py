@@ -92,6 +92,9 @@ class Execution:
     """Rows of a batch that are computed at once; 0: all on a CPU, what fits on an accelerator."""
     cache: Path | None = None
     """Folder for compiled code and measured choices; None keeps nothing."""
+    fused: bool = True
+    """Whether the optimiser's updates are those of `fused` where anything is compiled; not if
+    `optim` was changed, whose arithmetic `fused` repeats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ stand for none and count in neither sum, as in `evaluate_bpb` of github.com/karp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,11 @@ is 32 thousand tokens.
 """
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 """Tokens in one forward pass; the score does not depend on it beyond rounding."""
+
+Answer = Callable[[np.ndarray], Tensor]
+"""A model but for its head: token ids (B, T), int64 -> final activations (B * T, width), bf16."""
+Seen = Callable[[slice, Tensor, Tensor], None]
+"""Which rows were answered, their activations, and the cross-entropy of each target in nats."""
 
 
 class BadScore(SocietyError):
@@ -67,6 +73,8 @@ class Rows:
     """Token ids, (rows, T + 1): each row and the target of its last token."""
     counted: np.ndarray
     """Boolean, (rows, T): every target that stands for bytes counts once."""
+    apart: np.ndarray
+    """Boolean, (rows,): the row has no text in common with the one before."""
 
 
 def evaluate(
@@ -85,9 +93,14 @@ def evaluate(
         BadScore: The vocabularies differ, or the score is impossible.
     """
     recipe, masters = load(path)
-    _check(path, recipe, tokens)
+    check_tokens(path, recipe, tokens)
     rows = scored_rows(recipe, tokens, scoring)
-    nats = _nats(recipe, masters, rows, device)
+    answer, weights = model_of(recipe, masters, device)
+    return scored(path, tokens, rows, summed_nats(recipe, weights["head"], rows, answer))
+
+
+def scored(path: Path, tokens: EvalTokens, rows: Rows, nats: float) -> Bpb:
+    """A score from the summed cross-entropy of the targets that count; raises `BadScore`."""
     targets = rows.blocks[:, 1:][rows.counted]
     size = int(tokens.token_bytes[targets].sum(dtype=np.int64))
     return _checked(Bpb(nats / (math.log(2) * size), targets.size, size), path)
@@ -97,7 +110,7 @@ def scored_rows(recipe: Recipe, tokens: EvalTokens, scoring: Scoring = Scoring()
     """The scored text in rows of the recipe's length; the targets are the same for every length."""
     text = _public_rows(tokens, scoring) if scoring.tokens else _first_bytes(recipe, tokens)
     blocks, counted = _cut(text, recipe.seq_len)
-    return Rows(blocks, counted & (tokens.token_bytes[blocks[:, 1:]] > 0))
+    return Rows(blocks, counted & (tokens.token_bytes[blocks[:, 1:]] > 0), counted[:, 0])
 
 
 def _first_bytes(recipe: Recipe, tokens: EvalTokens) -> np.ndarray:
@@ -136,32 +149,56 @@ def _cut(text: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     return blocks.reshape(-1, length + 1), counted.reshape(-1, length)
 
 
-def _nats(recipe: Recipe, masters: gpt.Weights, rows: Rows, device: str) -> float:
-    """Summed cross-entropy of the targets that count."""
+def model_of(recipe: Recipe, masters: gpt.Weights, device: str) -> tuple[Answer, gpt.Weights]:
+    """A model's answers, and the working weights on the device that it computes them with."""
     on_device = {name: weight.to(device) for name, weight in masters.items()}
     weights = gpt.working_copy(on_device, grad=False)
     fixed = kernels.constants(recipe, torch.empty((), dtype=torch.bfloat16, device=device))
-    batch = max(1, BATCH_TOKENS[torch.device(device).type] // recipe.seq_len)
+
+    def answer(ids: np.ndarray) -> Tensor:
+        with torch.inference_mode():
+            block = torch.from_numpy(ids).to(device)
+            return gpt.activations(recipe, weights, fixed, block)
+
+    return answer, weights
+
+
+def batch_rows(recipe: Recipe, device: torch.device) -> int:
+    """Rows that are scored at once."""
+    return max(1, BATCH_TOKENS[device.type] // recipe.seq_len)
+
+
+def summed_nats(
+    recipe: Recipe, head: Tensor, rows: Rows, answer: Answer, seen: Seen | None = None
+) -> float:
+    """Summed cross-entropy of the targets that count, on the device of the head.
+
+    Args:
+        recipe: Its row length and soft cap.
+        head: Output table in the working type, (vocab, width).
+        rows: What is scored.
+        answer: Asked one batch after the other, in order.
+        seen: Told about each batch.
+    """
+    device = head.device
+    batch = batch_rows(recipe, device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.inference_mode():
         for start in range(0, len(rows.blocks), batch):
             part = slice(start, start + batch)
-            block = torch.from_numpy(rows.blocks[part].astype(np.int64)).to(device)
+            block = rows.blocks[part].astype(np.int64)
+            x = answer(np.ascontiguousarray(block[:, :-1]))
+            targets = torch.from_numpy(block[:, 1:].reshape(-1)).to(device)
             counted = torch.from_numpy(rows.counted[part]).to(device).flatten()
-            each = _token_nats(recipe, weights, fixed, block)
+            each = kernels.operators(device).token_nats(x, head, targets, recipe.softcap)
             total += each.where(counted, 0.0).sum(dtype=torch.float64)
+            if seen is not None:
+                seen(part, x, each)
     return total.item()
 
 
-def _token_nats(
-    recipe: Recipe, weights: gpt.Weights, fixed: gpt.Constants, block: Tensor
-) -> Tensor:
-    """Cross-entropy of a block's targets: (B, T + 1) -> (B * T,)."""
-    x = gpt.activations(recipe, weights, fixed, block[:, :-1])
-    return fixed.ops.token_nats(x, weights["head"], block[:, 1:].reshape(-1), recipe.softcap)
-
-
-def _check(path: Path, recipe: Recipe, tokens: EvalTokens) -> None:
+def check_tokens(path: Path, recipe: Recipe, tokens: EvalTokens) -> None:
+    """Raise `BadScore` if a model of this recipe cannot be scored on these tokens."""
     if tokens.vocab != recipe.vocab:
         raise BadScore(
             f"{path} has vocab={recipe.vocab}, the {tokens.split} tokens vocab={tokens.vocab}; "

@@ -92,13 +92,18 @@ def flops_per_step(recipe: Recipe) -> int:
     return recipe.batch_tokens * flops_per_token(recipe) + optimizer_flops(recipe)
 
 
-def planned_steps(recipe: Recipe, budget: Budget) -> int | None:
+def planned_steps(recipe: Recipe, budget: Budget, step_flops: float | None = None) -> int | None:
     """Steps that fit in the budget, at least 1; None for a budget in seconds.
 
     The single exception to "fits" is a budget below one step: a run takes one step all the same.
+
+    Args:
+        recipe: What is trained.
+        budget: What may be spent.
+        step_flops: FLOPs of one step where they are not `flops_per_step`: of changed code.
     """
     per_step = {
-        BudgetKind.FLOPS: flops_per_step(recipe),
+        BudgetKind.FLOPS: flops_per_step(recipe) if step_flops is None else step_flops,
         BudgetKind.TOKENS: recipe.batch_tokens,
         BudgetKind.STEPS: 1,
     }

@@ -16,6 +16,14 @@ with the same seed differ only where the recipe differs.
     x0_scale                  x0_init                                  some of the token itself
     skip                      skip_scale                               some of an early layer
 
+A changed model that needs another parameter adds it to what `initial_weights` returns, fp32, under
+a name of its own: `layer0.extra` for a tensor inside a layer. It is trained, saved and given to
+`gpt.activations` like all others. How it is trained follows from its name and shape (see `optim`):
+a matrix (two dimensions) inside a layer by Muon, or by whatever the recipe trains matrices with;
+other tensors of two or more dimensions by AdamW at the rate of embeddings, inside a layer at its
+rate for matrices; vectors and scalars by AdamW at `scalar_lr`, without decay. `head` must stay:
+the scorer reads it.
+
 After nanochat's `init_weights` (github.com/karpathy/nanochat).
 """
 

@@ -112,6 +112,11 @@ def constants(recipe: Recipe, like: Tensor, choice: Choice | None = None) -> gpt
     return gpt.Constants(angles, tuple(built[window] for window in recipe.windows), PLAIN)
 
 
+def operators(device: torch.device) -> ops.Ops:
+    """The operators that `constants` chooses without a choice of kernels."""
+    return ops.HAND_WRITTEN if device.type == "cpu" else PLAIN
+
+
 def build(kernel: str, seq_len: int, window: int, like: Tensor) -> Attend:
     """One layer's attention by the kernel's name, in the type and on the device of `like`.
 

@@ -182,7 +182,7 @@ class Optimizer:
         self._adam = {
             name: _adam_group(recipe, name, weight)
             for name, weight in weights.items()
-            if not _by_muon(recipe, name)
+            if not _by_muon(recipe, name, weight)
         }
         matrices = {
             name: group.stacked[i] for group in self._muon for i, name in enumerate(group.names)
@@ -203,14 +203,14 @@ class Optimizer:
             self._steps.muon(muon, stacked, rate, momentum, decay)
 
 
-def _by_muon(recipe: Recipe, name: str) -> bool:
-    return recipe.optimizer == "muon" and is_matrix(name)
+def _by_muon(recipe: Recipe, name: str, weight: Tensor) -> bool:
+    return recipe.optimizer == "muon" and is_matrix(name) and weight.ndim == 2
 
 
 def _muon_groups(recipe: Recipe, weights: Mapping[str, Tensor]) -> list[MuonGroup]:
     by_shape: dict[torch.Size, list[str]] = {}
     for name, weight in weights.items():
-        if _by_muon(recipe, name):
+        if _by_muon(recipe, name, weight):
             by_shape.setdefault(weight.shape, []).append(name)
     return [
         MuonGroup(
@@ -226,19 +226,19 @@ def _muon_groups(recipe: Recipe, weights: Mapping[str, Tensor]) -> list[MuonGrou
 
 
 def _adam_group(recipe: Recipe, name: str, weight: Tensor) -> AdamGroup:
-    lr, weight_decay = _adam_rates(recipe, name)
+    lr, weight_decay = _adam_rates(recipe, name, weight)
     lr *= recipe.lr_scale
     return AdamGroup(weight.clone(), lr, recipe.adam_beta1, recipe.adam_beta2, weight_decay)
 
 
-def _adam_rates(recipe: Recipe, name: str) -> tuple[float, float]:
+def _adam_rates(recipe: Recipe, name: str, weight: Tensor) -> tuple[float, float]:
     """Learning rate (before `lr_scale`) and weight decay of a tensor that AdamW trains."""
     scale = (recipe.width / REFERENCE_DIM) ** -0.5
+    if name == "residual_scale":
+        return recipe.residual_lr * scale, 0.0
+    if weight.ndim < 2:  # x0_scale, skip
+        return recipe.scalar_lr * scale, 0.0
     if is_matrix(name):
         return recipe.matrix_lr * ADAM_MATRIX_RATE, recipe.weight_decay
-    scalars = {"residual_scale": recipe.residual_lr}
-    scalars |= dict.fromkeys(("x0_scale", "skip"), recipe.scalar_lr)
-    if name in scalars:
-        return scalars[name] * scale, 0.0
     tables = {"embed": recipe.embedding_lr, "head": recipe.head_lr}
     return tables.get(name, recipe.value_embed_lr) * scale, recipe.adam_decay

@@ -121,8 +121,8 @@ class Machine:
 class _Pace:
     """How much of the budget is used: by steps where bits matter, by seconds where asked."""
 
-    def __init__(self, recipe: Recipe, budget: Budget, flight: Flight) -> None:
-        self._planned = planned_steps(recipe, budget)
+    def __init__(self, planned: int | None, budget: Budget, flight: Flight) -> None:
+        self._planned = planned
         self._seconds = budget.amount
         self._flight = flight
 
@@ -146,6 +146,7 @@ def train(
     data_seed: int | None = None,
     on_step: OnStep | None = None,
     execution: Execution | None = None,
+    step_flops: float | None = None,
 ) -> Trained:
     """Train one model; the same arguments give the same bits on one CPU thread.
 
@@ -161,6 +162,7 @@ def train(
         data_seed: Decides the order of the data; None for `seed`.
         on_step: Observer; may raise to stop the run.
         execution: How to use the device.
+        step_flops: FLOPs of one step where they are not those of the recipe; see `yardstick`.
 
     Raises:
         Diverged: The loss is not finite, or above log(vocab) + 1 after the first quarter.
@@ -169,15 +171,16 @@ def train(
     _check(recipe, budget, tokens)
     execution = execution or Execution()
     order = seed if data_seed is None else data_seed
-    drawn = batches(recipe, tokens, seed=order, steps=planned_steps(recipe, budget))
+    planned = planned_steps(recipe, budget, step_flops)
+    drawn = batches(recipe, tokens, seed=order, steps=planned)
     with _ready(device, execution), _sent(drawn, device) as source:
         initial = {name: w.to(device) for name, w in initial_weights(recipe, seed).items()}
         began = time.perf_counter()
         machine = prepare(recipe, initial, device, execution)
         compile_s = time.perf_counter() - began
         run = _Run(recipe, Optimizer(recipe, initial, machine.steps), machine, device, on_step)
-        run.go(budget, source)
-        return run.result(compile_s)
+        run.go(_Pace(planned, budget, run.flight), source)
+        return run.result(compile_s, step_flops)
 
 
 class _Run:
@@ -196,30 +199,30 @@ class _Run:
         self._losses: list[float] = []
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats(device)
-        self._flight = Flight(timeline_of(device))
+        self.flight = Flight(timeline_of(device))
 
-    def go(self, budget: Budget, source: Iterator[Tensor]) -> None:
+    def go(self, pace: _Pace, source: Iterator[Tensor]) -> None:
         """Train until the budget is spent."""
-        pace = _Pace(self._recipe, budget, self._flight)
         while (progress := pace.progress()) < 1:
             nats, grads = gradients(self._machine, self._optimizer.masters, next(source))
             self._optimizer.step(grads, progress)
-            self._flight.launch(nats, progress)
+            self.flight.launch(nats, progress)
             # The first step is waited for: it says how long one takes.
-            self._look(everything=self._flight.launched == 1)
+            self._look(everything=self.flight.launched == 1)
         self._look(everything=True)
 
     def _look(self, *, everything: bool) -> None:
         """Take notice of steps that have ended."""
-        for landed in self._flight.land(everything=everything):
+        for landed in self.flight.land(everything=everything):
             self._losses.append(landed.loss)
             _stop_if_diverged(self._recipe, self._losses, landed.progress)
             if self._on_step is not None:
                 self._on_step(landed.step, landed.loss, landed.progress)
 
-    def result(self, compile_s: float) -> Trained:
+    def result(self, compile_s: float, step_flops: float | None = None) -> Trained:
         """The trained model and what it took."""
-        recipe, steps, seconds = self._recipe, len(self._losses), self._flight.seconds
+        recipe, steps, seconds = self._recipe, len(self._losses), self.flight.seconds
+        each = flops_per_step(recipe) if step_flops is None else step_flops
         tokens = steps * recipe.batch_tokens
         held = 0 if self._device == "cpu" else torch.cuda.max_memory_allocated(self._device)
         return Trained(
@@ -227,7 +230,7 @@ class _Run:
             weights={n: w.detach().cpu().clone() for n, w in self._optimizer.masters.items()},
             steps=steps,
             tokens=tokens,
-            flops=float(steps * flops_per_step(recipe)),
+            flops=float(steps * each),
             train_s=seconds,
             curve=thinned(self._losses),
             compile_s=compile_s,
@@ -298,13 +301,14 @@ def prepare(recipe: Recipe, initial: gpt.Weights, device: str, execution: Execut
     rows = _first_rows(recipe, device, execution)
     compiler = _compiler(device, execution)
     if compiler is None:
-        return Machine(_objective(recipe, gpt.constants(recipe, like)), EAGER, rows)
+        return Machine(objective_of(recipe, gpt.constants(recipe, like)), EAGER, rows)
     choice = kernels.probe(
         recipe, device, rows=rows, option=execution.attention, cache=execution.cache
     )
-    objective = compiler(_objective(recipe, kernels.constants(recipe, like, choice)))
+    objective = compiler(objective_of(recipe, kernels.constants(recipe, like, choice)))
     names = tuple(choice.kernels[window] for window in recipe.windows)
-    machine = Machine(objective, fused.steps(compiler), rows, names)
+    updates = fused.steps(compiler) if execution.fused else EAGER
+    machine = Machine(objective, updates, rows, names)
     return _fitted(recipe, initial, machine, device, fixed=bool(execution.micro_rows))
 
 
@@ -342,13 +346,18 @@ def _fitted(
 def _rehearse(recipe: Recipe, initial: gpt.Weights, machine: Machine, device: str) -> None:
     """A few steps on a copy of the weights and on random tokens."""
     optimizer = Optimizer(recipe, initial, machine.steps)  # it copies
-    generator = torch.Generator().manual_seed(0)
-    size = (recipe.rows, recipe.seq_len + 1)
-    block = torch.randint(recipe.vocab, size, generator=generator).to(device)
+    block = random_block(recipe, recipe.rows, device)
     for turn in range(WARM_UP_STEPS):
         nats, grads = gradients(machine, optimizer.masters, block)
         optimizer.step(grads, turn / WARM_UP_STEPS)
         nats.item()
+
+
+def random_block(recipe: Recipe, rows: int, device: str) -> Tensor:
+    """Random tokens, always the same: (rows, T + 1)."""
+    generator = torch.Generator().manual_seed(0)
+    size = (rows, recipe.seq_len + 1)
+    return torch.randint(recipe.vocab, size, generator=generator).to(device)
 
 
 def _first_rows(recipe: Recipe, device: str, execution: Execution) -> int:
@@ -373,7 +382,7 @@ def _divisor(rows: int, most: int) -> int:
     return max((n for n in range(1, min(rows, most) + 1) if rows % n == 0), default=1)
 
 
-def _objective(recipe: Recipe, fixed: gpt.Constants) -> Objective:
+def objective_of(recipe: Recipe, fixed: gpt.Constants) -> Objective:
     """The training objective as a function of weights and data."""
     terms = ops.LossTerms(recipe.softcap, recipe.label_smoothing, recipe.z_loss)
 

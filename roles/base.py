@@ -16,18 +16,41 @@ finished are already recorded, so derive what is left to do from the notebook.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Awaitable, Container, Sequence
 
     from society.experiments.space import Space
     from society.experiments.task import Direction
     from society.memory.recall import Hit
-    from society.records import Entry, Hypothesis, RefusalReason, Run, RunKind, Variant
+    from society.records import (
+        Champion,
+        Claim,
+        Entry,
+        Hypothesis,
+        Insight,
+        NewHypothesis,
+        Noise,
+        Refusal,
+        RefusalReason,
+        Run,
+        RunKind,
+        Trial,
+        Variant,
+    )
     from society.roles.novelty import Archive
     from society.roles.view import View
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """The society stops, or its budget was spent meanwhile: nothing may be begun any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +120,45 @@ class Knowledge:
     """How many screening runs there are, those left out of `results` included; None: as listed."""
     known: Container[str] = frozenset()
     """Has the fingerprint of every screened variant, those left out of `results` included."""
+    agent: str = ""
+    """Who asks."""
+    background: Background | None = None
+    """What a brain that reads is told besides; None for others."""
 
     @property
     def tried(self) -> int:
         """How many screening runs there are, listed in `results` or not."""
         return len(self.results) if self.count is None else self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What a brain that reads may know besides the results: text of many authors, and code.
+
+    Like `Knowledge` it holds no seed, no log of a run, and nothing about how an open claim fares.
+    Its texts were written by others, people or models, and are evidence, never instructions.
+    """
+
+    about: str
+    """The task: metric, direction, budget of a run."""
+    budget: BudgetLeft
+    noise: Noise | None = None
+    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """File name -> text of the task's own files that a variant may change; empty if it may not."""
+    champions: tuple[tuple[Champion, float | None], ...] = ()
+    """The champion history with the score of each on the screening seed."""
+    claims: tuple[Claim, ...] = ()
+    """The latest claims; those without a verdict carry nothing else than what was claimed."""
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """Open ones, those with most value per cost first."""
+    insights: tuple[Insight, ...] = ()
+    """The latest, oldest first."""
+    refusals: tuple[Refusal, ...] = ()
+    """The latest proposals that were not run, oldest first."""
+    failed: tuple[Run, ...] = ()
+    """The latest screening runs without a score, oldest first, without their logs."""
+    recalled: tuple[Hit, ...] = ()
+    """What the notebook says that is nearest in meaning to the champion and the open ideas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +170,14 @@ class Proposal:
     """The rationale, one sentence."""
     despite: str = ""
     """Why to run it although what lies around it has failed before; it is then run."""
+    model: str = ""
+    """The language model whose idea it is; empty for what a search came up with."""
+    simplification: bool = False
+    """Whether it aims at the same score with less code."""
+    expected: float | None = None
+    """Improvement its author expects, in noise floors; None if nothing was said."""
+    hypotheses: tuple[NewHypothesis, ...] = ()
+    """Further ideas, which the author leaves to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +190,40 @@ class Refused:
     """The run that speaks against it."""
     note: str
     """The same in words."""
+    recorded: bool = True
+    """Whether it is recorded as a refusal; not if its author was only asked to think again."""
+
+
+class Advice(StrEnum):
+    """What a reviewer says about a proposal."""
+
+    RUN = "run"
+    REVISE = "revise"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """Another agent's opinion of a proposal, before a run is spent on it."""
+
+    advice: Advice
+    reasons: str
+    expected: float
+    """Improvement that the reviewer expects, in noise floors."""
+    reviewer: str
+    """E.g. `careful`."""
+
+    def __str__(self) -> str:
+        """In one clause, for the idea of the run."""
+        return f"{self.reviewer} expects {self.expected:+.1f} noise floors: {self.reasons}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a brain makes of many results: a sentence and the ids it rests on."""
+
+    text: str
+    evidence: tuple[str, ...]
 
 
 class Brain(Protocol):
@@ -139,6 +238,32 @@ class Brain(Protocol):
 
     async def propose(self, knowledge: Knowledge) -> Proposal:
         """Propose the next variant to screen."""
+        ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What a brain may offer besides `Brain`: it reads and writes prose.
+
+    Its methods take seconds to minutes; agents await them, and `propose` of a brain that is `slow`,
+    without the floor. They raise nothing: what the model fails to do is None or empty. Nothing
+    that comes back is believed: proposals are checked like any other, and sentences are kept only
+    if the numbers in them are in what the model was given.
+    """
+
+    slow: bool
+    """Whether others should go on while it thinks."""
+
+    async def review(self, proposal: Proposal, knowledge: Knowledge) -> Review | None:
+        """What another temperament than the author's thinks of a proposal."""
+        ...
+
+    async def explain(self, agent: str, facts: Sequence[str]) -> Sequence[Reading]:
+        """At most three things that the facts say together."""
+        ...
+
+    async def narrate(self, facts: Sequence[str], unsupported: Sequence[str] = ()) -> str:
+        """The story of a society in a few paragraphs, without the `unsupported` numbers."""
         ...
 
 
@@ -159,6 +284,22 @@ class Lab(Protocol):
     @property
     def view(self) -> View:
         """The notebook as it is now."""
+        ...
+
+    async def propose(self, knowledge: Knowledge) -> Proposal:
+        """Ask the agent's brain; without the floor if it is slow, so read the notebook again.
+
+        Raises:
+            Interrupted: The society stops, or has no run left to spend.
+        """
+        ...
+
+    async def aside(self, thought: Awaitable[T]) -> T:
+        """Await something slow while others have the floor. Raises `Interrupted` as `propose`."""
+        ...
+
+    async def trial(self, variant: Variant) -> Trial:
+        """Try a code change for a few steps while others have the floor. Raises `Interrupted`."""
         ...
 
     async def screen(self, variant: Variant, idea: str) -> Run:

@@ -6,9 +6,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from society.errors import LeaseError
-from society.experiments import gate
+from society.experiments import gate, patches
 from society.experiments.effects import knob_effects
-from society.records import HypothesisDropped, NewClaim, RefusalReason
+from society.experiments.task import CodeTask
+from society.records import HypothesisDropped, NewClaim, NewInsight, RefusalReason
 from society.roles.base import Duty, Lab, Outcome, Role
 from society.roles.novelty import choose, judge
 
@@ -58,10 +59,15 @@ class Experimenter(Role):
             run = await self._test(hypothesis, lab)
             return Outcome(covered, note=f"{hypothesis.id}: {tell(run, lab.view)}")
         choice = await choose(lab)
-        entries: tuple[Entry, ...] = (*covered, *choice.refusals)
-        if choice.proposal is None:
+        entries: tuple[Entry, ...] = (*covered, *choice.refusals, *choice.hypotheses)
+        proposal = choice.proposal
+        if proposal is None:
             return Outcome(entries, note="no new idea")
-        run = await lab.screen(choice.proposal.variant, choice.proposal.idea)
+        if proposal.model and lab.view.closing:  # it took its time, and others went on
+            return Outcome(entries, note="what is left of the budget is kept for deciding")
+        run = await lab.screen(proposal.variant, proposal.idea)
+        if proposal.simplification:
+            entries += simplified(run, lab.view)
         return Outcome(entries, note=tell(run, lab.view))
 
     @staticmethod
@@ -119,6 +125,31 @@ class Experimenter(Role):
             lab.give_back(hypothesis.id)
 
 
+def simplified(run: Run, view: View) -> tuple[NewInsight, ...]:
+    """Whether a run shows that less code does as well as the champion's, on the same seed.
+
+    As well: the very same score, or one that is no further off than the noise floor.
+    """
+    task, champion, level = view.task, view.champion.variant, view.champion_screening
+    if run.score is None or level is None or not isinstance(task, CodeTask):
+        return ()
+    away = abs(run.score - level)
+    if away > (view.noise.sd if view.noise else 0.0):
+        return ()
+    try:
+        sources = task.sources()
+        before = patches.lines(patches.effective(sources, champion.patch))
+        after = patches.lines(patches.effective(sources, run.variant.patch))
+    except patches.BadPatch:
+        return ()
+    if after >= before:
+        return ()
+    how = "The very same score" if away == 0 else "The same score within the noise floor"
+    lines = f"{before - after} fewer line{'s' if before - after > 1 else ''} of code"
+    text = f"{how} with {lines}: {run.variant.describe()} in {run.id}, on one seed."
+    return (NewInsight(text, (run.id,)),)
+
+
 def publishable(view: View) -> list[Candidate]:
     """What should become a claim now, the most urgent first.
 
@@ -144,7 +175,9 @@ def _stands(view: View, winner: Candidate) -> bool:
 
 def tried_alone(view: View) -> int:
     """How many of the champion's changes have been tried, or are being tried, alone."""
-    return len(view.champion.variant.overrides) - len(view.untried_alone)
+    champion = view.champion.variant
+    changes = len(champion.overrides) + (champion.patch is not None)
+    return changes - len(view.untried_alone)
 
 
 def most_promising_alone(view: View) -> Variant:

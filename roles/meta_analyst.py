@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
-from society import exchange
+from society import exchange, logs
 from society.errors import InvalidVariant
 from society.experiments.effects import (
     KnobEffect,
@@ -16,16 +17,22 @@ from society.experiments.effects import (
     knob_effects,
 )
 from society.records import HypothesisDropped, HypothesisState, NewHypothesis, NewInsight
-from society.roles.base import Duty, Lab, Outcome, Role
+from society.roles.base import Duty, Interrupted, Lab, Outcome, Reader, Role
+from society.roles.figures import Facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from society.records import Entry, Run
+    from society.records import Claim, Entry, Run
+    from society.roles.base import Reading
     from society.roles.view import View
 
 MAX_INSIGHTS = 6
 """Most insights posted by one reading."""
+MAX_READINGS = 3
+"""Most insights taken over from a brain that explains."""
+DECIDED, RANKED = 10, 15
+"""Latest claims, best runs and latest runs that it is given."""
 MAX_HYPOTHESES = 2
 """Most hypotheses posted by one reading: no more than will soon be tested."""
 
@@ -59,11 +66,20 @@ class MetaAnalyst(Role):
             dropped = outdated(view)
             return Outcome(dropped, note=f"dropped {len(dropped)} ideas")
         effects = knob_effects(
-            view.screenings, view.space, view.champion.variant.overrides, view.task.direction
+            view.screenings,
+            view.space,
+            view.champion.variant.overrides,
+            view.task.direction,
+            view.champion.variant.code,
         )
         entries: list[Entry] = list(insights(view, effects))
         if not view.closing:
             entries += hypotheses(view, effects)
+        if isinstance(lab.brain, Reader):
+            facts = findings(view, effects)
+            with suppress(Interrupted):  # what was found without it is posted all the same
+                readings = await lab.aside(lab.brain.explain(lab.agent, facts))
+                entries += believable(readings, facts, lab.agent)
         note = f"read {len(view.screenings)} screening runs, posted {len(entries)} entries"
         return Outcome(tuple(entries), note=note)
 
@@ -83,11 +99,78 @@ def insights(view: View, effects: Sequence[KnobEffect]) -> list[NewInsight]:
         for effect in clear
     ]
     ends = dead_ends(
-        view.screenings, view.space, view.champion.variant.overrides, view.task.direction
+        view.screenings,
+        view.space,
+        view.champion.variant.overrides,
+        view.task.direction,
+        view.champion.variant.code,
     )
     told += [NewInsight(describe_dead_end(end), _varied(view.screenings, end.knob)) for end in ends]
     posted = {_topic(insight.text) for insight in view.ledger.insights(view.scope)}
     return [insight for insight in told if _topic(insight.text) not in posted][:MAX_INSIGHTS]
+
+
+def findings(view: View, effects: Sequence[KnobEffect]) -> list[str]:
+    """What a brain that explains is given: results, verdicts and effects, a line each with its id.
+
+    Nothing about claims that are still open but that they are.
+    """
+    direction, unit, level = view.task.direction, view.task.unit, view.champion_screening
+    facts = [
+        f"The metric is {view.task.metric} in {unit}; "
+        f"{'lower' if direction.sign < 0 else 'higher'} is better.",
+        f"The champion is {view.champion.variant.describe()}"
+        + ("." if level is None else f"; screening score {level:.4f}."),
+        f"{len(view.board)} experiments were screened, each on one seed and verified by nobody.",
+    ]
+    if view.noise is not None:
+        facts.append(f"The noise floor is {view.noise.sd:.4f} {unit}.")
+    facts += [_decided(claim) for claim in view.claims[-DECIDED:]]
+    facts += [
+        f"Over all runs: {describe(effect, unit=unit)}"
+        for effect in effects
+        if effect.verdict in (KnobVerdict.HELPS, KnobVerdict.HURTS)
+    ]
+    ranked = [run for _, run in view.board.best(direction.sign)][:RANKED]
+    shown = {run.id: run for run in (*ranked, *view.screenings[-RANKED:])}
+    facts += [_screened(run, view) for run in shown.values()]
+    return facts
+
+
+def _decided(claim: Claim) -> str:
+    what = f"{claim.variant.describe()} beats {claim.reference.describe()}"
+    told = f"{claim.id}: the claim that {what}"
+    if claim.verdict is None:
+        return f"{told} is under test."
+    effect = claim.verdict.effect
+    told += f" was {claim.verdict.decision.replace('_', ' ')}"
+    if effect is None:
+        return f"{told}."
+    return f"{told}: {effect.shrunken:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]."
+
+
+def _screened(run: Run, view: View) -> str:
+    told = f"{run.id}: {run.variant.describe()}: "
+    if run.score is None:
+        return told + run.outcome.replace("_", " ")
+    delta = view.screening_delta(run)
+    gain = "" if delta is None else f" ({'better' if delta > 0 else 'worse'} by {abs(delta):.4f})"
+    return f"{told}{run.score:.4f}{gain}"
+
+
+def believable(readings: Sequence[Reading], facts: Sequence[str], agent: str) -> list[NewInsight]:
+    """The sentences of a brain that cite what they were given, and no number that was not in it."""
+    log, known = logs.get("meta-analyst", agent=agent), Facts(facts)
+    ids = {fact.partition(":")[0] for fact in facts}
+    kept = []
+    for one in readings[:MAX_READINGS]:
+        strays = [name for name in one.evidence if name not in ids]
+        odd = known.unsupported(one.text)
+        if one.text and one.evidence and not strays and not odd:
+            kept.append(NewInsight(one.text, one.evidence))
+        else:
+            log.info("insight dropped", unsupported=odd, unknown=strays, text=one.text)
+    return kept
 
 
 def _topic(text: str) -> str:
@@ -111,7 +194,7 @@ def hypotheses(view: View, effects: Sequence[KnobEffect]) -> list[NewHypothesis]
             continue
         overrides = {**champion.overrides, effect.knob: effect.value}
         try:
-            variant = view.space.variant(view.task.key, overrides)
+            variant = view.space.variant(view.task.key, overrides, champion.patch)
         except InvalidVariant:
             continue
         if variant.fingerprint in known | posted or view.space.near(variant, champion):

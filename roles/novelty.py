@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 from society.experiments.neighbourhood import Changes, Neighbourhood
 from society.memory.sameness import said_before
 from society.records import NewHypothesis, NewRefusal, RefusalReason
-from society.roles.base import Proposal, Refused
+from society.roles.base import Advice, Proposal, Reader, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from society.experiments.space import Space
-    from society.records import Champion, Entry, Hypothesis, Run, Variant
-    from society.roles.base import Knowledge, Lab
+    from society.records import Champion, Entry, Hypothesis, Run, Trial, Variant
+    from society.roles.base import Knowledge, Lab, Review
 
 IDEA_CHARS = 600
 """Longest idea recorded with a run."""
@@ -261,35 +261,106 @@ class Choice:
     """None if it proposed only what is known exactly."""
     refusals: tuple[NewRefusal, ...] = ()
     """What it proposed and will not be run; one entry for each variant and reason."""
+    hypotheses: tuple[NewHypothesis, ...] = ()
+    """Further ideas that came with the proposals."""
 
 
 async def choose(lab: Lab) -> Choice:
-    """Ask the agent's brain until it proposes something new.
+    """Ask the agent's brain until it proposes something new that runs and is worth a run.
 
-    After the last attempt a dead end, or else a near-duplicate, is better than nothing.
+    After the last attempt what was advised against, a dead end, or else a near-duplicate, is better
+    than nothing. A brain that takes its time is asked without the floor, so the notebook is read
+    again after each of its answers.
     """
-    knowledge, archive = lab.knowledge(), lab.archive()
+    started = lab.knowledge().entropy
     refused: list[Refused] = []
+    ideas: list[NewHypothesis] = []
+    examiner = _Examiner(lab)
     for attempt in range(lab.view.charter.retries):
-        entropy = knowledge.entropy + 1_000_003 * attempt
-        asked = replace(knowledge, entropy=entropy, refused=tuple(refused))
-        proposal = await lab.brain.propose(asked)
-        found = judge(proposal.variant, knowledge, archive)
-        if found.reason is None:
-            return Choice(with_evidence(proposal, lab), _entries(refused))
-        if found.reason is RefusalReason.DEAD_END and proposal.despite:
-            return Choice(_in_spite(proposal, found.note), _entries(refused))
-        refused.append(Refused(proposal, found.reason, found.run_id, found.note))
+        entropy = started + 1_000_003 * attempt
+        asked = replace(lab.knowledge(), entropy=entropy, refused=tuple(refused))
+        proposal = await lab.propose(asked)
+        ideas += proposal.hypotheses
+        found = await examiner.examine(proposal)
+        if isinstance(found, Proposal):
+            return Choice(found, _entries(refused), tuple(ideas))
+        refused.append(found)
     spare = _spare(refused)
     if spare is None:
-        return Choice(None, _entries(refused))
+        return Choice(None, _entries(refused), tuple(ideas))
     others = [one for one in refused if one.proposal.variant != spare.proposal.variant]
     note = f"{spare.note} Run because nothing newer was proposed."
-    return Choice(_in_spite(spare.proposal, note), _entries(others))
+    return Choice(_in_spite(spare.proposal, note), _entries(others), tuple(ideas))
+
+
+class _Examiner:
+    """What is asked about the proposals of one duty, the cheapest questions first.
+
+    Does the notebook know it? Does its code run at all, and change anything? Does a reviewer see a
+    point in it? A review may send one proposal back; its author may insist, or propose another one.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._trials: dict[str, Trial] = {}
+        self._advised = False
+
+    async def examine(self, proposal: Proposal) -> Proposal | Refused:
+        """The proposal, with what is known about it in its idea; or why it is not run."""
+        found = self._judge(proposal)
+        if isinstance(found, Refused):
+            return found
+        problem = await self._problem(proposal)
+        if problem:
+            return Refused(proposal, RefusalReason.BROKEN, None, problem)
+        review = await self._review(proposal)
+        if review is not None:
+            if review.advice is not Advice.RUN and not proposal.despite and not self._advised:
+                self._advised = True
+                recorded = review.advice is Advice.SKIP
+                reason = RefusalReason.ADVISED_AGAINST
+                return Refused(proposal, reason, None, f"{review.advice}: {review}", recorded)
+            self._advised = True
+        again = self._judge(proposal)  # others may have run it while this one was looked at
+        if isinstance(again, Proposal) and review is not None:
+            return replace(again, idea=f"{again.idea} Review: {review}"[:IDEA_CHARS])
+        return again
+
+    def _judge(self, proposal: Proposal) -> Proposal | Refused:
+        found = judge(proposal.variant, self._lab.knowledge(), self._lab.archive())
+        if found.reason is None:
+            return with_evidence(proposal, self._lab)
+        if found.reason is RefusalReason.DEAD_END and proposal.despite:
+            return _in_spite(proposal, found.note)
+        return Refused(proposal, found.reason, found.run_id, found.note)
+
+    async def _problem(self, proposal: Proposal) -> str:
+        """Why its code must not be run; empty for code that is the champion's, or none."""
+        variant = proposal.variant
+        if variant.patch is None or variant.code == self._lab.view.champion.variant.code:
+            return ""
+        mark = variant.fingerprint
+        if mark not in self._trials:
+            self._trials[mark] = await self._lab.trial(variant)
+        tried = self._trials[mark]
+        if tried.same and not tried.problem and not proposal.simplification:
+            return "The code change changes nothing under this recipe: the bits are the same."
+        return tried.problem
+
+    async def _review(self, proposal: Proposal) -> Review | None:
+        """What another temperament thinks; nothing is asked about what `search` proposed."""
+        brain = self._lab.brain
+        if not proposal.model or not isinstance(brain, Reader) or self._advised:
+            return None
+        return await self._lab.aside(brain.review(proposal, self._lab.knowledge()))
 
 
 def _spare(refused: Sequence[Refused]) -> Refused | None:
-    for reason in (RefusalReason.DEAD_END, RefusalReason.NEAR_DUPLICATE):
+    for reason in (
+        RefusalReason.ADVISED_AGAINST,
+        RefusalReason.DEAD_END,
+        RefusalReason.NEAR_DUPLICATE,
+    ):
         for one in refused:
             if one.reason is reason:
                 return one
@@ -303,7 +374,8 @@ def _in_spite(proposal: Proposal, note: str) -> Proposal:
 
 
 def _entries(refused: Iterable[Refused]) -> tuple[NewRefusal, ...]:
-    first = {(one.proposal.variant.fingerprint, one.reason): one for one in reversed([*refused])}
+    kept = [one for one in refused if one.recorded]
+    first = {(one.proposal.variant.fingerprint, one.reason): one for one in reversed(kept)}
     return tuple(
         NewRefusal(one.proposal.variant, one.reason, one.run_id, one.note)
         for one in reversed([*first.values()])

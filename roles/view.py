@@ -194,6 +194,8 @@ class View:
         for knob, value in self.champion.variant.overrides.items():
             with suppress(InvalidVariant):  # the recipe may refuse one change without another
                 alone.append(self.space.variant(self.task.key, {knob: value}))
+        if self.champion.variant.patch is not None:  # its code is one change, however long
+            alone.append(Variant(self.task.key, patch=self.champion.variant.patch))
         return tuple(
             variant
             for variant in alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 import secrets
 import signal
 import time
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from society import logs, provenance
-from society.agents.brains import load_brain
+from society.agents.brains import SEARCH, check_brain, compose_brain
 from society.agents.floor import Floor
 from society.agents.laboratory import Laboratory
 from society.agents.recollection import Recollection
 from society.agents.society import agent_names, cast_roles, live
 from society.errors import UsageError
 from society.experiments.local import LocalExecutor
+from society.experiments.sandbox import Level
 from society.experiments.space import Space
 from society.experiments.task import default_profile, load_task
 from society.memory.folder import NotebookFolder
@@ -31,16 +33,21 @@ from society.render import write_report
 from society.report import build_report
 from society.roles import Charter
 from society.settings import validate
+from society.story import tell_story
 
 if TYPE_CHECKING:
     from society.experiments.executor import Executor
     from society.experiments.task import Task
     from society.report import Report
-    from society.roles import Role
+    from society.roles import Brain, Role
     from society.settings import Settings
 
 PULSE_S = 1.0
 """Seconds between looks of the live view, and between batches for recall."""
+RESUMED_WITH = {
+    "base_url", "max_tokens", "max_tokens_per_agent", "max_dollars", "max_dollars_per_agent",
+}  # fmt: skip
+"""Settings of the endpoint that may change when a society goes on."""
 SAVE_S = 5.0
 """Seconds between records of wall time and utilisation."""
 
@@ -69,7 +76,7 @@ class Ended:
 
 
 def resume_settings(folder: NotebookFolder, given: Settings) -> Settings:
-    """The interrupted society's settings, with the budgets that are `given` now.
+    """The interrupted society's settings, with the budgets and the address that are `given` now.
 
     Raises:
         UsageError: No society in this notebook was interrupted.
@@ -83,7 +90,11 @@ def resume_settings(folder: NotebookFolder, given: Settings) -> Settings:
         )
     new = {name: getattr(given, name) for name in ("runs", "minutes", "until")}
     new = {name: value for name, value in new.items() if value is not None}
-    return validate({**stopped.settings, **new}, source=f"society {stopped.id}")
+    changed = given.endpoint.model_dump(include=RESUMED_WITH & given.endpoint.model_fields_set)
+    before = stopped.settings.get("endpoint")
+    endpoint = {**(before if isinstance(before, dict) else {}), **changed}
+    values = {**stopped.settings, **new, "endpoint": endpoint}
+    return validate(values, source=f"society {stopped.id}")
 
 
 def resolved(settings: Settings) -> Settings:
@@ -107,8 +118,15 @@ def run_society(
     settings = resolved(settings)
     task = load_task(settings.task, str(settings.profile))
     casts = cast_roles(settings)
-    load_brain(settings.brain)
-    executor = LocalExecutor(settings.task, str(settings.profile), settings.slots, settings.device)
+    check_brain(settings, os.environ)
+    _check_searchable(settings, task)
+    executor = LocalExecutor(
+        settings.task,
+        str(settings.profile),
+        settings.slots,
+        settings.device,
+        require=Level(settings.sandbox),
+    )
     with folder.lock(), Ledger.open(folder.ledger, settings.seed) as ledger:
         record = _open_society(folder, ledger, settings, resume=resume)
         logs.configure(folder.logs / "society.jsonl", society=record.id, console=console)
@@ -122,6 +140,15 @@ def run_society(
             logs.close()
 
 
+def _check_searchable(settings: Settings, task: Task) -> None:
+    """Raise `UsageError` if the brain has nothing that it could vary."""
+    if settings.brain == SEARCH and not Space.of(task).knobs:
+        raise UsageError(
+            f"The task {task.key} has no knobs, and the brain 'search' varies nothing else: "
+            "declare knobs in its profile, or use --brain openai."
+        )
+
+
 async def _work(
     folder: NotebookFolder,
     ledger: Ledger,
@@ -133,7 +160,8 @@ async def _work(
     display: Display,
 ) -> Scope:
     log, began = logs.get("app"), time.monotonic()
-    async with _started(executor):
+    brain = compose_brain(settings, society=record.id, accounts=ledger, folder=folder)
+    async with _closed(brain), _started(executor):
         scope = Scope(task.key, executor.environment.tier)
         provenance.keep(ledger, task, executor.environment)
         _crown_baseline(ledger, scope, record, task)
@@ -145,7 +173,7 @@ async def _work(
                 task=task,
                 space=Space.of(task),
                 scope=scope,
-                brain=load_brain(settings.brain),
+                brain=brain,
                 settings=settings,
                 record=record,
                 floor=Floor(len(casts)),
@@ -154,7 +182,20 @@ async def _work(
             )
             log.info("society works", agents=len(casts), slots=executor.slots, tier=scope.tier)
             await _live(laboratory, casts, folder.checkpoints, display)
+            if not laboratory.draining:
+                await tell_story(laboratory)
     return scope
+
+
+@contextlib.asynccontextmanager
+async def _closed(brain: Brain) -> AsyncIterator[None]:
+    """Close a brain that holds something, in the end."""
+    try:
+        yield
+    finally:
+        close = getattr(brain, "close", None)
+        if close is not None:
+            await close()
 
 
 async def _live(
@@ -207,8 +248,7 @@ def _signals(laboratory: Laboratory, main: asyncio.Task[None] | None) -> Iterato
                 main.cancel()
             return
         logs.get("app").warning("stopping: runs in progress are finished; again to stop at once")
-        laboratory.draining = True
-        laboratory.floor.poke()
+        laboratory.drain()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, caught)

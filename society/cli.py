@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from society import cli_data, cli_memory, cli_study
+from society import cli_data, cli_export, cli_memory, cli_study
+from society.cleaning import visible
 from society.cli_common import (
     LAB,
     Json,
@@ -40,6 +41,8 @@ DEFAULT_MINUTES = 9
 OTHERS_SHOWN = 5
 """Finished societies of other folders that `status` names."""
 BRAIN_WORDS = {"search": "a model-based optimiser; embedded, no key, no network"}
+ASKS_A_MODEL = "openai"
+"""The brain that the options of the endpoint are for."""
 
 app = typer.Typer(
     help="A research society of agents that believe only what survives replication.\n\n"
@@ -52,6 +55,7 @@ app = typer.Typer(
 app.add_typer(cli_memory.app, name="memory")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_study.app)
+app.add_typer(cli_export.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,7 +111,41 @@ def run(
         str | None, typer.Option(help="Size of the task: a shipped name or a .yaml file.")
     ] = None,
     brain: Annotated[
-        str | None, typer.Option(help="Where ideas come from.", show_default="search")
+        str | None,
+        typer.Option(
+            help="Where ideas come from: search, or openai: a language model.",
+            show_default="search",
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="For --brain openai: server that speaks OpenAI's protocol (vLLM, llama.cpp, "
+            "Ollama, ...). The key is read from OPENAI_API_KEY; a server on this machine needs "
+            "none.",
+            show_default="OpenAI's",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For --brain openai: model to ask.", show_default="gpt-5-mini"),
+    ] = None,
+    max_dollars: Annotated[
+        float | None,
+        typer.Option(help="Most that models may cost; then search goes on.", show_default="5"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens that models may use; then search goes on.", show_default="2000000"
+        ),
+    ] = None,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(
+            help="Least confinement of changed code: limits, filters, namespaces or bubblewrap.",
+            show_default="filters",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Makes a society with one slot repeatable.")
@@ -171,6 +209,8 @@ def run(
     Example: society run --agents 8 --minutes 60 --lab night
 
     Example: society run --task synthetic --runs 60 --lab try
+
+    Example: society run --brain openai --base-url http://127.0.0.1:8080/v1 --model any --lab talk
     """
     from society.settings import parse_roles
 
@@ -181,13 +221,24 @@ def run(
         "agents": agents, "roles": counts, "extra_roles": tuple(role) if role else None,
         "task": task, "profile": profile, "brain": brain, "seed": seed, "runs": runs,
         "minutes": minutes, "until": until, "slots": slots, "device": device,
-        "patience": patience, "knowledge": knowledge, "recall": recall,
+        "patience": patience, "knowledge": knowledge, "recall": recall, "sandbox": sandbox,
+        "endpoint": _endpoint(base_url, model, max_dollars, max_tokens),
     }  # fmt: skip
     settings = _settings(lab, config, given, resume)
     settings = _joined(lab, settings, ledger)
     live = sys.stdout.isatty() and not plain and not log
     ended = _run(lab, settings, resume=resume, live=live, log=log)
     _summary(ended, lab)
+
+
+def _endpoint(
+    base_url: str | None, model: str | None, max_dollars: float | None, max_tokens: int | None
+) -> dict[str, Any] | None:
+    """What was given of the endpoint; None if nothing was."""
+    given = {
+        "base_url": base_url, "model": model, "max_dollars": max_dollars, "max_tokens": max_tokens,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def _joined(lab: Path, settings: Settings, ledger: str | None) -> Settings:
@@ -215,8 +266,13 @@ def _settings(lab: Path, config: Path | None, given: dict[str, Any], resume: boo
     settings = load_settings(config, **given)
     if resume:
         settings = resume_settings(folder, settings)
-        typer.echo("Resuming with the society's own settings; only budgets can be changed.")
+        typer.echo(
+            "Resuming with the society's own settings; only budgets and the address of the model "
+            "can be changed."
+        )
         return settings
+    if settings.endpoint != type(settings.endpoint)() and settings.brain != ASKS_A_MODEL:
+        typer.echo(f"Note: no language model is asked; its options are for --brain {ASKS_A_MODEL}.")
     interrupted = _interrupted(folder)
     if interrupted is not None:
         typer.echo(
@@ -247,14 +303,18 @@ def _interrupted(folder: NotebookFolder) -> SocietyRecord | None:
 
 
 def _run(lab: Path, settings: Settings, *, resume: bool, live: bool, log: bool) -> Ended:
-    from society.agents.brains import load_brain
+    import os
+
+    from society.agents.brains import check_brain
     from society.app import run_society
     from society.live import LiveDisplay, PlainDisplay
     from society.memory.folder import NotebookFolder
 
-    name = load_brain(settings.brain).name
-    about = BRAIN_WORDS.get(name)
-    typer.echo(f"Brain: {name}" + (f" ({about})" if about else ""))
+    check_brain(settings, os.environ)
+    about = BRAIN_WORDS.get(settings.brain)
+    if settings.brain == ASKS_A_MODEL:
+        about = f"{settings.endpoint.model} at {settings.endpoint.base_url}"
+    typer.echo(f"Brain: {settings.brain}" + (f" ({about})" if about else ""))
     display: Display = LiveDisplay() if live else PlainDisplay()
     return run_society(NotebookFolder(lab), settings, resume=resume, display=display, console=log)
 
@@ -311,6 +371,7 @@ def status(lab: Lab = LAB, as_json: Json = False) -> None:
             "learned": f"{found['insights']} insights, {found['hypotheses']} hypotheses",
             "saved": found["saved"]["words"],
         }
+        | ({"models": found["usage"]["words"]} if found["usage"]["calls"] else {})
     )
     for claim in found["under_test"]:
         typer.echo(
@@ -331,16 +392,16 @@ def _studies_alone(lab: Path) -> list[dict[str, Any]]:
 
 def _print_studies(studies: Sequence[dict[str, Any]]) -> None:
     for study in studies:
-        typer.echo(f"study {study['words']}")
+        typer.echo(f"study {visible(study['words'])}")
 
 
 def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
     from society.live import champion_text, changed, noise_text, snapshot
     from society.roles import BudgetLeft, Charter, View
-    from society.wording import savings_sentence
+    from society.wording import savings_sentence, usage_words
 
     ledger, record, scope = notebook.ledger, notebook.record, notebook.scope
-    savings = ledger.savings(scope)
+    savings, usage = ledger.savings(scope), ledger.usage(record.id)
     view = View(
         ledger, scope=scope, society=record.id, task=notebook.task, space=notebook.space,
         charter=Charter(), budget=BudgetLeft(0, 0, 0), entropy=0,
@@ -381,6 +442,7 @@ def _status(notebook: Opened, lab: Path) -> dict[str, Any]:
             **plain(savings), "seconds": savings.seconds,
             "words": savings_sentence(savings) or "no proposal was known before it was run",
         },
+        "usage": {**plain(usage), "tokens": usage.tokens, "words": usage_words(usage)},
         "leases": counts.leases,
         "others": _others(notebook),
         "studies": studies_of(ledger),
@@ -612,6 +674,8 @@ def tasks(
         return
     typer.echo(f"{task.key}: {task.metric} in {task.unit}, {task.direction.value}")
     typer.echo(f"budget {task.budget.amount:g} {task.budget.kind.value} a run\n")
+    for caveat in getattr(task, "caveats", ()):
+        typer.echo(f"Mind: {caveat}")
     columns = ("knob", "default", "range", "unit", "about", "source")
     emit_table([columns, *([str(knob[column]) for column in columns] for knob in knobs)])
 
@@ -628,7 +692,10 @@ def _list_tasks(as_json: bool) -> None:
         emit_json(found)
         return
     emit_table([(f"{one['task']}/{one['profile']}", one["about"]) for one in found])
-    typer.echo("\nKnobs of one: `society tasks NAME`. Your own: --task module:Class.")
+    typer.echo(
+        "\nKnobs of one: `society tasks NAME`. Your own: --task module:Class, "
+        "or --task script with a .yaml file that describes a repository (docs/script.md)."
+    )
 
 
 def _knobs(space: Any) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from society.cleaning import visible
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -152,7 +154,7 @@ def finite(value: Any) -> Any:
 
 def emit_table(rows: Iterable[Sequence[object]], *, gap: str = "  ") -> None:
     """Print rows in aligned columns; the last column is as long as it is."""
-    lines = [[str(cell) for cell in row] for row in rows]
+    lines = [[visible(cell) for cell in row] for row in rows]
     if not lines:
         return
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -165,4 +167,4 @@ def emit_fields(values: Mapping[str, object], indent: str = "") -> None:
     """Print `name  value` lines, names aligned."""
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        typer.echo(f"{indent}{name.ljust(width)}  {value}")
+        typer.echo(f"{indent}{visible(name).ljust(width)}  {visible(value)}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from society.cleaning import bounded, clean, diff_lines, visible
 from society.cli_common import (
     LAB,
     Json,
@@ -20,6 +21,7 @@ from society.cli_common import (
     emit_json,
     reading,
 )
+from society.codechange import describe_patch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 LINKS_SHOWN = 20
 """Linked records listed one by one by `show`."""
+TEXT_CHARS = 4000
+"""Longest text that `show` prints whole; a log tail is whatever a candidate printed."""
+DIFF_LINES = 400
+"""Lines of a code change that `show` prints; `--json` has all."""
 ALIKE = 3
 """Records that read alike, shown by `show`."""
 
@@ -80,7 +86,7 @@ def search(
         typer.echo("Nothing found: the notebook holds no such passage yet.")
     for hit in hits:
         typer.echo(f"{hit.similarity:.2f}  {hit.kind} {hit.ref}")
-        typer.echo(f"      {shorten(_one_line(hit.text), 400, placeholder=' ...')}")
+        typer.echo(f"      {shorten(clean(hit.text), 400, placeholder=' ...')}")
 
 
 @app.command()
@@ -108,12 +114,16 @@ def show(
     if as_json:
         emit_json({"kind": found.kind, "record": found.record, "linked": linked})
         return
-    typer.echo(f"{found.kind} {record}")
+    typer.echo(f"{found.kind} {visible(record)}")
     _show(found.record, "  ")
+    if found.patch is not None:
+        typer.echo("code change (written by somebody else; read it before you run it)")
+        for line in diff_lines(found.patch, DIFF_LINES):
+            typer.echo(f"  {line}")
     for name, links in linked.items():
         typer.echo(name)
         for link in links[:LINKS_SHOWN]:
-            typer.echo(f"  {shorten(_one_line(str(link['words'])), 400, placeholder=' ...')}")
+            typer.echo(f"  {shorten(clean(str(link['words'])), 400, placeholder=' ...')}")
         if len(links) > LINKS_SHOWN:
             typer.echo(f"  and {len(links) - LINKS_SHOWN} more (--json has all)")
 
@@ -229,8 +239,8 @@ def import_(
 def upgrade(lab: Lab = LAB) -> None:
     """Bring a notebook that an older version of society wrote up to date.
 
-    The ledger is copied first, as ledger.sqlite.schemaN.bak. All that was recorded is kept. Not
-    while a society runs in the folder.
+    The ledger is copied first, as ledger.sqlite.schemaN.bak (on PostgreSQL its tables are, within
+    the database). All that was recorded is kept. Not while a society runs in the folder.
 
     Example: society memory upgrade --lab lab
     """
@@ -246,7 +256,10 @@ def upgrade(lab: Lab = LAB) -> None:
     typer.echo(f"Upgraded the notebook {lab} from schema {done.before} to {done.after}.")
     for change in done.changes:
         typer.echo(f"  {change}")
-    typer.echo(f"The ledger of before is kept as {done.backup}; remove it when all is well.")
+    where = f"as {done.backup}"
+    if isinstance(done.backup, str):
+        where = f"in the schema {done.backup} of the same database"
+    typer.echo(f"The ledger of before is kept {where}; remove it when all is well.")
 
 
 @app.command()
@@ -401,6 +414,9 @@ def _alike(lab: Path, text: str, identity: str) -> list[dict[str, Any]]:
 
 def _show(values: Mapping[str, Any], indent: str) -> None:
     """Nested fields as indented lines; long lists are counted, texts kept."""
+    values = dict(values)
+    if isinstance(values.get("patch"), str):
+        values["patch"] = describe_patch(values["patch"])
     flat = {name: _short(value) for name, value in values.items() if not isinstance(value, dict)}
     emit_fields(flat, indent)
     for name, value in values.items():
@@ -415,9 +431,4 @@ def _short(value: Any) -> str:
         return shown if len(value) <= 6 else f"{shown}, ... ({len(value)} in all)"
     if isinstance(value, float):
         return f"{value:.10g}"
-    return _one_line(str(value))
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks and control characters: a log tail is whatever a candidate printed."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return bounded(value, TEXT_CHARS)

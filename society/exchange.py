@@ -179,7 +179,7 @@ def differing(variant: Variant, other: Variant) -> frozenset[str]:
         if (name in variant.overrides) != (name in other.overrides)
         or variant.overrides.get(name) != other.overrides.get(name)
     }
-    return frozenset(differ | ({"patch"} if variant.patch != other.patch else set()))
+    return frozenset(differ | ({"patch"} if variant.code != other.code else set()))
 
 
 # --- what came out --------------------------------------------------------------------------------

@@ -17,8 +17,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from society.cleaning import bounded
+from society.codechange import describe_patch
 from society.exchange import outcomes
-from society.records import SOCIETY_KINDS, Decision, HypothesisState
+from society.records import SOCIETY_KINDS, Decision, HypothesisState, Usage
+from society.wording import usage_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,6 +46,9 @@ KEPT = 30
 """Recent runs, verdicts and insights that a snapshot keeps."""
 IDEAS = 5
 """Recently published hypotheses that were tested, which a snapshot keeps."""
+PRINTED_CHARS = 400
+"""Most that is shown of one text; lines are cut at the terminal's width anyway."""
+NO_CALLS = Usage()
 GOOD = (Decision.ACCEPTED, Decision.CONFIRMED)
 
 
@@ -162,6 +168,10 @@ class Progress:
     doing: tuple[tuple[str, Doing], ...]
     now: float
     """Monotonic seconds, as `Doing.since` counts them."""
+    usage: Usage = NO_CALLS
+    """What language models have cost the society."""
+    brain_status: str = ""
+    """What the brain says about itself, e.g. that its endpoint does not answer."""
 
     @classmethod
     def of(cls, laboratory: Laboratory) -> Progress:
@@ -180,6 +190,8 @@ class Progress:
             draining=laboratory.draining,
             doing=tuple(sorted(laboratory.doing.items())),
             now=time.monotonic(),
+            usage=laboratory.ledger.usage(laboratory.record.id),
+            brain_status=printable(str(getattr(laboratory.brain, "status", "") or "")),
         )
 
     @property
@@ -320,12 +332,19 @@ def header(notebook: Snapshot, progress: Progress) -> list[Text]:
             f"   accepted {notebook.accepted}  rejected {notebook.rejected}",
         ),
         line(("Work     ", "bold cyan"), work_text(progress)),
+        *(line(("Models   ", "bold cyan"), words) for words in [models_text(progress)] if words),
     ]  # fmt: skip
+
+
+def models_text(progress: Progress) -> str:
+    """What language models have cost, and what the brain says; empty if none was asked."""
+    told = [usage_words(progress.usage)] if progress.usage.calls else []
+    return "  ".join([*told, *([progress.brain_status] if progress.brain_status else [])])
 
 
 def champion_text(notebook: Snapshot) -> str:
     """The champion's score and gain, then what it is."""
-    name = notebook.champion.variant.describe()
+    name = printable(notebook.champion.variant.describe())
     if notebook.mean is None:
         return f"{name}, not measured on the holdout yet"
     gain = f", {notebook.gain:+.4f} over the baseline" if notebook.gain else ""
@@ -475,6 +494,7 @@ class PlainDisplay:
         self._say(
             f"{clock(progress.wall_s)}: {work_text(progress)}, "
             f"{len(notebook.under_test)} claims open{champion}"
+            + (f", {models}" if (models := models_text(progress)) else "")
         )
 
     def _say(self, words: str) -> None:
@@ -516,8 +536,8 @@ def changed(variant: Variant, reference: Variant) -> str:
         if reference.overrides.get(name) != value
     ]
     words += [f"-{name}" for name in sorted({*reference.overrides} - {*variant.overrides})]
-    if variant.patch != reference.patch:
-        words.append("patch")
+    if variant.code != reference.code:
+        words.append("-patch" if variant.patch is None else describe_patch(variant.patch))
     return printable(", ".join(words) or "no change")
 
 
@@ -536,5 +556,5 @@ def exp(log: float) -> float:
 
 
 def printable(text: str) -> str:
-    """Text on one line without control characters: it may come from anywhere."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """Text on one line without control characters, bounded: it may come from anywhere."""
+    return bounded(text, PRINTED_CHARS)

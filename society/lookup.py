@@ -7,11 +7,12 @@ neighbours look at all screening runs of the task and tier. Whatever is compared
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from society import exchange, tiers
 from society.cli_common import plain
+from society.codechange import describe_patch
 from society.errors import InvalidVariant, SocietyError, UsageError
 from society.experiments.neighbourhood import Neighbourhood
 from society.experiments.space import Space
@@ -41,6 +42,8 @@ class Found:
     """Sort of link -> what is linked, each with `words` that say it in one line."""
     prose: str
     """What to look for to find other records that read alike; empty for none."""
+    patch: str | None = None
+    """The code change of the variant it is about."""
 
 
 def lookup(ledger: Ledger, identity: str) -> Found:
@@ -191,8 +194,9 @@ class _Desk:
         words = [
             f"{knob} {_said(one['from'])} -> {_said(one['to'])}" for knob, one in knobs.items()
         ]
-        code = variant.patch != reference.patch
-        words += ["another code patch"] if code else []
+        code = variant.code != reference.code
+        own = "no patch" if variant.patch is None else describe_patch(variant.patch)
+        words += [f"code: {own}"] if code else []
         return {
             "against": name,
             "reference": reference.describe(),
@@ -246,7 +250,9 @@ def _run(desk: _Desk, identity: str) -> Found:
     linked["claims"] = desk.claims(links.claims)
     linked["runs of the same variant"] = desk.runs(links.runs)
     linked["compared with"] = _comparison(desk, run)
-    return _found("run", record, linked, f"{run.variant.describe()}. {run.idea}")
+    record["code_kept"] = desk.ledger.source(run.environment.code) is not None
+    found = _found("run", record, linked, f"{run.variant.describe()}. {run.idea}")
+    return replace(found, patch=run.variant.patch)
 
 
 def _comparison(desk: _Desk, run: Run) -> list[dict[str, Any]]:
@@ -275,7 +281,8 @@ def _claim(desk: _Desk, identity: str) -> Found:
     )
     linked["other claims about it"] = desk.claims(links.claims)
     text = f"{claim.variant.describe()} beats {claim.reference.describe()}"
-    return _found("claim", plain(claim) | desk.place(), linked, text)
+    found = _found("claim", plain(claim) | desk.place(), linked, text)
+    return replace(found, patch=claim.variant.patch)
 
 
 def _one_hypothesis(desk: _Desk, identity: str) -> Found:
@@ -288,7 +295,8 @@ def _one_hypothesis(desk: _Desk, identity: str) -> Found:
     linked["tested by"] = desk.runs([one.run_id] if one.run_id else [])
     linked["claims"] = desk.claims(links.claims)
     linked["runs of the variant"] = desk.runs([id for id in links.runs if id != one.run_id])
-    return _found("hypothesis", record, linked, f"{one.statement} {one.rationale}")
+    found = _found("hypothesis", record, linked, f"{one.statement} {one.rationale}")
+    return replace(found, patch=one.variant.patch)
 
 
 def _insight(desk: _Desk, identity: str) -> Found:

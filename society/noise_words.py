@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from society.cleaning import clean
 from society.experiments import noise
-from society.wording import clean
 
 if TYPE_CHECKING:
     from society.experiments.noise import ClassNoise, NoiseStudy, Spread

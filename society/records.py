@@ -15,6 +15,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
+from society.codechange import describe_patch
 from society.knobs import Scalar
 
 
@@ -108,6 +109,8 @@ class Scope:
 
 
 EMPTY: Mapping[str, Scalar] = MappingProxyType({})
+PATCH_MARK = "society-patch 1 "
+"""How a code change begins; the sha256 of the code that it amounts to, normalised, follows."""
 
 
 class _Fingerprinted:
@@ -129,7 +132,18 @@ class Variant(_Fingerprinted):
     overrides: Mapping[str, Scalar] = field(default_factory=lambda: EMPTY)
     """Knob name -> value, where it differs from the baseline."""
     patch: str | None = None
-    """A code change, for brains that write code."""
+    """A code change to the baseline's source, as `society.experiments.patches` writes it."""
+
+    @property
+    def code(self) -> str | None:
+        """What counts of the patch: its first line, which names the code it amounts to.
+
+        Two texts that amount to the same code are one experiment. A text without such a line, which
+        no executor runs, counts as it is.
+        """
+        if self.patch is None or not self.patch.startswith(PATCH_MARK):
+            return self.patch
+        return self.patch.partition("\n")[0]
 
     @property
     def fingerprint(self) -> str:
@@ -139,7 +153,7 @@ class Variant(_Fingerprinted):
             form = {
                 "task": self.task,
                 "overrides": dict(sorted(self.overrides.items())),
-                "patch": self.patch,
+                "patch": self.code,
             }
             known = hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
             object.__setattr__(self, "_fingerprint", known)
@@ -151,10 +165,10 @@ class Variant(_Fingerprinted):
         return not self.overrides and self.patch is None
 
     def describe(self) -> str:
-        """The change in words, e.g. `depth=2, warm_down=0.3`; `baseline` for none."""
+        """The change in words, e.g. `depth=2, patch(gpt.py +3 -1)`; `baseline` for none."""
         words = [f"{name}={value}" for name, value in sorted(self.overrides.items())]
         if self.patch is not None:
-            words.append("patch")
+            words.append(describe_patch(self.patch))
         return ", ".join(words) or "baseline"
 
 
@@ -180,6 +194,9 @@ class Environment:
     """sha256 of the effective profile, 12 hex digits; empty in runs made before it was recorded."""
     mem_bytes: int = 0
     """Memory of the accelerator; 0 on a CPU, and in runs made before it was recorded."""
+    sandbox: str = ""
+    """How far the run was confined, a level of `society.experiments.sandbox`; empty in runs made
+    before it was recorded."""
 
     def differs(self, other: Environment) -> tuple[str, ...]:
         """Names of the fields in which two environments differ; what is not known does not count.
@@ -189,7 +206,8 @@ class Environment:
         odd = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
         if not (self.config and other.config):
             odd = [name for name in odd if name != "config"]
-        return tuple(name for name in odd if name != "mem_bytes")  # a driver may keep some of it
+        told = ("mem_bytes", "sandbox")  # a driver may keep some of it; no bit depends on it
+        return tuple(name for name in odd if name not in told)
 
     @property
     def tier(self) -> str:
@@ -258,6 +276,53 @@ class Measurement:
     """sha256 of the data it trained and was scored on."""
     curve: tuple[float, ...] = ()
     """Training loss, evenly thinned to at most 64 points, in nats per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A few steps with a code change, made before a run is spent on it."""
+
+    problem: str = ""
+    """Why it must not be run, in words its author can act on; empty if it may be."""
+    same: bool = False
+    """Whether it gave the very bits that the recipe gives without the code change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to a language model, answered or not."""
+
+    society: str
+    agent: str
+    purpose: str
+    """`propose`, `review`, `explain` or `narrate`."""
+    model: str
+    outcome: str
+    """`answered`, `cached`, or the class of the error, e.g. `timeout`."""
+    prompt_tokens: int
+    completion_tokens: int
+    dollars: float
+    """By the configured prices; what could not be learnt is charged in full."""
+    wall_s: float
+    called_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What calls of language models have cost so far."""
+
+    calls: int = 0
+    failed: int = 0
+    """Calls that brought no usable answer; they are among `calls`, and may cost."""
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Both ways."""
+        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,6 +574,10 @@ class RefusalReason(StrEnum):
     """What lies around it has failed before, and no reason was given to try again."""
     SAME_IDEA = "same_idea"
     """A hypothesis that says the same is on record."""
+    BROKEN = "broken"
+    """Its code change does not apply, does not import, or changes nothing."""
+    ADVISED_AGAINST = "advised_against"
+    """Another agent reviewed it and saw no point in running it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,27 +13,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from society.cleaning import clean, diff_lines
 from society.experiments import gate
 from society.experiments.effects import describe_dead_end
 from society.experiments.task import Direction
-from society.records import Decision
+from society.records import Decision, Outcome
 from society.report import STANDING, Report
 from society.wording import (
     amount,
     change_text,
-    clean,
+    confinement_sentences,
     delta,
+    dollars,
     duration,
     e_value,
     headline_sentences,
     interval,
     last_line,
     moment,
+    narrative_paragraphs,
     number,
     overrides_text,
+    rejection,
     reproduction,
     savings_sentence,
     shape_of_run,
+    usage_words,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +105,7 @@ def draw(report: Report) -> dict[str, str]:
 
 def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
     """The text of the report; `form` is `md` or `html`."""
+    failures = [run for run in report.failures if run.outcome is not Outcome.REJECTED]
     return fill(
         f"report.{form}.j2",
         form,
@@ -111,7 +117,11 @@ def render(report: Report, form: str, plots: Mapping[str, str]) -> str:
         crowned={entry.claim_id for entry, _ in report.champions},
         closed=report.decided(Decision.REJECTED, Decision.ROLLED_BACK, Decision.SUPERSEDED),
         shown_insights=report.insights[::-1][:INSIGHTS_SHOWN],
-        shown_failures=report.failures[:FAILURES_SHOWN],
+        failures=failures,
+        shown_failures=failures[:FAILURES_SHOWN],
+        shown_rejections=report.rejected[:FAILURES_SHOWN],
+        narrative=narrative_paragraphs(report),
+        confinement=confinement_sentences(report),
         saved=savings_sentence(report.savings),
         dead_ends=[describe_dead_end(end) for end in report.dead_ends],
         script=reproduction(report),
@@ -172,6 +182,10 @@ def _filters(form: str) -> dict[str, Callable[..., Any]]:
         "overrides": overrides_text,
         "change": change_text,
         "last_line": last_line,
+        "rejection": rejection,
+        "usage": usage_words,
+        "dollars": dollars,
+        "diff": _diff_md if form == "md" else _diff_html,
         "json": lambda value: json.dumps(value, sort_keys=True, default=str),
         "clean": clean,
         "code": _code_md if form == "md" else _code_html,
@@ -220,6 +234,22 @@ def _inert(text: str) -> str:
     """Backslashes before what Markdown would read, entities for what HTML would."""
     text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text.replace("&", "&amp;"))
     return text.replace("<", "&lt;").replace(">", "&gt;").replace("://", ":&#47;&#47;")
+
+
+def _diff_md(patch: str) -> Markup:
+    """A code change as a fenced block that nothing in it can end."""
+    from markupsafe import Markup
+
+    lines = diff_lines(patch)
+    longest = max((len(ticks) for line in lines for ticks in re.findall(r"`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup("\n".join([f"{fence}diff", *lines, fence]))  # a fenced block is inert
+
+
+def _diff_html(patch: str) -> Markup:
+    from markupsafe import Markup, escape
+
+    return Markup('<pre class="diff">{}</pre>').format(escape("\n".join(diff_lines(patch))))
 
 
 def _fenced(text: str) -> Markup:

@@ -37,12 +37,15 @@ from society.records import (
     Savings,
     Scope,
     SocietyRecord,
+    Usage,
     Variant,
 )
 
 if TYPE_CHECKING:
     from society.memory.ledger import Ledger
 
+NARRATOR, NARRATIVE = "narrator", "Narrative: "
+"""Who posts the narrative of a society as an insight, and how it begins."""
 STANDING = (Decision.ACCEPTED, Decision.CONFIRMED)
 """Latest decisions of a claim that stands accepted."""
 
@@ -175,6 +178,26 @@ class CostLine:
 
 
 @dataclass(frozen=True, slots=True)
+class Confinement:
+    """How many runs were confined at one level."""
+
+    level: str
+    """A level of `society.experiments.sandbox`; empty where it was not recorded."""
+    runs: int
+    patched: int
+    """Those among them whose variant changes code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What one agent's calls of language models cost."""
+
+    society: str
+    agent: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A frozen view of the notebook for one task on one hardware tier."""
 
@@ -214,10 +237,33 @@ class Report:
     activities: tuple[Activity, ...]
     savings: Savings
     """What was not run because of what was known."""
+    caveats: tuple[str, ...]
+    """What the task says about itself that a reader must know."""
+    narrative: Insight | None
+    """The latest text that a language model wrote about the results; not among `insights`."""
+    rejected: tuple[Run, ...]
+    """The failures that the guard rejected."""
+    confinement: tuple[Confinement, ...]
+    """Most runs first."""
+    spending: tuple[Spending, ...]
+    """Per society and agent; only those who asked a language model."""
 
     def decided(self, *decisions: Decision) -> tuple[Finding, ...]:
         """The findings closed in one of these ways."""
         return tuple(finding for finding in self.findings if finding.decision in decisions)
+
+    @property
+    def usage(self) -> Usage:
+        """What language models cost in all."""
+        each = [line.usage for line in self.spending]
+        return Usage(
+            calls=sum(one.calls for one in each),
+            failed=sum(one.failed for one in each),
+            cached=sum(one.cached for one in each),
+            prompt_tokens=sum(one.prompt_tokens for one in each),
+            completion_tokens=sum(one.completion_tokens for one in each),
+            dollars=math.fsum(one.dollars for one in each),
+        )
 
     @property
     def undecided(self) -> tuple[Finding, ...]:
@@ -244,6 +290,7 @@ def build_report(
     activities = tuple(a for s in societies for a in ledger.activities(s.id))
     headline = _headline(ledger, scope, task, runs, claims, champions, societies)
     champion = headline.champion.variant
+    told, insights = _narratives(ledger.insights(scope), society)
     return Report(
         task=task.key,
         loads_as=_loads_as(task),
@@ -260,7 +307,7 @@ def build_report(
         failures=tuple(run for run in runs if run.outcome is not Outcome.COMPLETED),
         effects=knob_effects(runs, space, {}, task.direction),
         dead_ends=dead_ends(runs, space, {}, task.direction),
-        insights=tuple(ledger.insights(scope)),
+        insights=insights,
         hypotheses=_ideas(ledger, scope, task),
         agents=_agents(societies, ledger, runs, claims),
         noise=ledger.noise(scope),
@@ -272,7 +319,35 @@ def build_report(
         champions=champions,
         activities=activities,
         savings=ledger.savings(scope),
+        caveats=tuple(str(one) for one in getattr(task, "caveats", ())),
+        narrative=told,
+        rejected=tuple(run for run in runs if run.outcome is Outcome.REJECTED),
+        confinement=_confinement(runs),
+        spending=tuple(
+            Spending(one.id, agent, usage)
+            for one in societies
+            for agent, usage in ledger.usage_by_agent(one.id).items()
+        ),
     )
+
+
+def _narratives(
+    insights: Sequence[Insight], society: str
+) -> tuple[Insight | None, tuple[Insight, ...]]:
+    """The latest narrative, of this society if it has one, and the insights that are none."""
+    told = [one for one in insights if one.author == NARRATOR and one.text.startswith(NARRATIVE)]
+    own = [one for one in told if one.society == society] or told
+    apart = {one.id for one in told}
+    return (own[-1] if own else None), tuple(one for one in insights if one.id not in apart)
+
+
+def _confinement(runs: Iterable[Run]) -> tuple[Confinement, ...]:
+    made: Counter[str] = Counter()
+    patched: Counter[str] = Counter()
+    for run in runs:
+        made[run.environment.sandbox] += 1
+        patched[run.environment.sandbox] += run.variant.patch is not None
+    return tuple(Confinement(level, n, patched[level]) for level, n in made.most_common())
 
 
 def _involved(runs: Sequence[Run], claims: Sequence[Claim], ledger: Ledger) -> set[str]:

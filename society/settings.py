@@ -7,7 +7,7 @@ file and the nearest known key.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,9 +15,97 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from society.errors import UnknownName, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 DEFAULT_ROLES = ("experimenter", "verifier", "statistician", "meta-analyst")
+
+
+class Price(BaseModel):
+    """What a model's tokens cost, in dollars per million."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[float, Field(ge=0)]
+    completion: Annotated[float, Field(ge=0)]
+
+
+PRICES = {
+    "gpt-5": Price(prompt=1.25, completion=10.0),
+    "gpt-5-mini": Price(prompt=0.25, completion=2.0),
+    "gpt-5-nano": Price(prompt=0.05, completion=0.4),
+}
+"""Used unless `prices` are given: OpenAI's list prices when these models came out, August 2025."""
+
+
+class Endpoint(BaseModel):
+    """The language model that the brain `openai` asks, and what it may cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    base_url: str = "https://api.openai.com/v1"
+    """Of any server that speaks OpenAI's protocol: vLLM, llama.cpp, Ollama, ..."""
+    model: str = "gpt-5-mini"
+    """As the server calls it."""
+    key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key; a local server needs none."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """None leaves it to the server."""
+    context_tokens: Annotated[int, Field(ge=1_000)] = 12_000
+    """Tokens of a prompt, at most."""
+    answer_tokens: Annotated[int, Field(ge=100)] = 4_000
+    """Tokens of an answer, at most."""
+    deadline_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest wait for one answer, all attempts and pauses included."""
+    attempts: Annotated[int, Field(ge=1)] = 4
+    """Requests for one answer, at most."""
+    concurrent: Annotated[int, Field(ge=1)] = 8
+    """Requests under way at a time, all agents together."""
+    env_proxy: bool = False
+    """Whether to go through the proxy that HTTPS_PROXY and its like name; they are not used
+    otherwise."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """All agents together; None for no limit."""
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """All agents together, both ways; None for no limit."""
+    max_tokens: Annotated[int, Field(gt=0)] | None = 2_000_000
+    """Of one society; then the brain `search` goes on. None for no limit."""
+    max_tokens_per_agent: Annotated[int, Field(gt=0)] | None = None
+    """Of one agent."""
+    max_dollars: Annotated[float, Field(gt=0)] | None = 5.0
+    """Of one society, by `prices`; None for no limit."""
+    max_dollars_per_agent: Annotated[float, Field(gt=0)] | None = None
+    """Of one agent."""
+    prices: dict[str, Price] = Field(default_factory=lambda: dict(PRICES))
+    """Model -> its price; of a model without one only tokens can be counted, not dollars."""
+    code: bool = True
+    """Whether it may change code where the task allows it, not only knobs."""
+    review: bool = True
+    """Whether another agent looks at a proposal before a run is spent on it."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_base_url(cls, value: str) -> str:
+        address = urlsplit(value)
+        try:
+            known = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        except ValueError:  # the port is no number
+            known = False
+        if not known or "@" in address.netloc or address.query or address.fragment:
+            raise ValueError(
+                "expected the address of a server that speaks OpenAI's protocol, without user, "
+                "password or query, e.g. http://127.0.0.1:8080/v1"
+            )
+        return value.rstrip("/")
+
+    @field_validator("key_env")
+    @classmethod
+    def _check_key_env(cls, value: str) -> str:
+        if not value.isidentifier() or not value.isascii():
+            raise ValueError(
+                "expected the name of an environment variable, e.g. OPENAI_API_KEY; the key itself "
+                "belongs into that variable and nowhere else"
+            )
+        return value
 
 
 class Settings(BaseModel):
@@ -37,6 +125,11 @@ class Settings(BaseModel):
     """Roles beside the usual four: names of the entry-point group, or `module:Class`."""
     brain: str = "search"
     """Where ideas come from."""
+    endpoint: Endpoint = Field(default_factory=Endpoint)
+    """Where the brain `openai` finds its model, and what that may cost."""
+    sandbox: Literal["limits", "filters", "namespaces", "bubblewrap"] = "filters"
+    """The least that foreign code must be confined by; where the machine offers less, a variant
+    that changes code is refused."""
     seed: int | None = None
     """Makes a one-slot society repeatable; None draws one."""
     runs: Annotated[int, Field(gt=0)] | None = None
@@ -109,11 +202,17 @@ def parse_roles(text: str) -> dict[str, int]:
 def load_settings(config: Path | None, **given: Any) -> Settings:
     """Merge a YAML file (if any) with what the command line gave (values that are not None).
 
+    Of `endpoint`, single values may be given.
+
     Raises:
         UsageError: Unreadable file, unknown key, or a value out of range.
     """
     values = _read(config) if config else {}
-    values |= {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    endpoint = values.get("endpoint")
+    if isinstance(endpoint, dict) and "endpoint" in given:
+        given["endpoint"] = endpoint | given["endpoint"]
+    values |= given
     return validate(values, source=str(config) if config else "command line")
 
 
@@ -125,9 +224,26 @@ def validate(values: Mapping[str, Any], source: str) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        strange = [one for one in found if one["type"] == "extra_forbidden"]
+        first = (strange or found)[0]  # a misspelt key is why another one is missing
         where = ".".join(str(part) for part in first["loc"]) or "settings"
+        if strange:
+            *path, name = first["loc"]
+            inside = ".".join(map(str, path))
+            known = _fields_at(Settings, path)
+            raise UnknownName(f"setting of {inside} in {source}", str(name), known) from None
         raise UsageError(f"{source}: {where}: {first['msg']}") from None
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> Iterable[str]:
+    """Names of the fields of the model within a model at a path of field names and keys."""
+    if not path:
+        return model.model_fields
+    annotation: Any = model.model_fields[str(path[0])].annotation
+    if get_origin(annotation) is dict:
+        return _fields_at(get_args(annotation)[1], path[2:])
+    return _fields_at(annotation, path[1:])
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -1,24 +1,28 @@
 """What a report says in words: its sentences, its numbers as text, and the reproduction script.
 
 Whatever comes out of the ledger may be hostile (a log tail is whatever a candidate printed):
-`clean` removes control characters. Escaping for a format is the business of `render.py`.
+`clean` of `cleaning.py` removes control characters. Escaping for a format is the business of
+`render.py`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from society.cleaning import bounded, clean
+from society.codechange import describe_patch
 from society.records import Outcome, RefusalReason
 
 if TYPE_CHECKING:
-    from society.records import Effect, Run, Savings, Variant
+    from society.records import Effect, Run, Savings, Usage, Variant
     from society.report import Report
 
 MESSAGE_CHARS = 240
 """Longest error message shown of a failed run."""
+PARAGRAPH_CHARS, PARAGRAPHS = 2000, 12
+"""How much of a narrative is shown."""
 
 # ------------------------------------------------------------------------------------ sentences
 
@@ -94,20 +98,84 @@ def _gain_sentence(name: str, effect: Effect, unit: str, seeds: str) -> str:
 
 
 def savings_sentence(savings: Savings) -> str:
-    """What the notebook saved, in one sentence; empty if it saved nothing."""
-    if not savings.proposals:
-        return ""
+    """What was refused, and what the notebook saved, in words; empty if nothing was."""
     words = {
         RefusalReason.DUPLICATE: "duplicate",
         RefusalReason.NEAR_DUPLICATE: "near-duplicate",
         RefusalReason.DEAD_END: "dead end",
     }
-    parts = ", ".join(_counted(savings.refused[reason], word) for reason, word in words.items())
-    were = "proposals were" if savings.proposals != 1 else "proposal was"
-    return (
-        f"{savings.proposals} {were} not run because the notebook already knew ({parts}), "
+    refused = savings.refused
+    known = sum(refused.get(reason, 0) for reason in words)
+    parts = ", ".join(_counted(refused.get(reason, 0), word) for reason, word in words.items())
+    were = "proposals were" if known != 1 else "proposal was"
+    sentences = [
+        f"{known} {were} not run because the notebook already knew ({parts}), "
         f"about {_counted(savings.runs, 'run')} = {duration(savings.seconds)} saved."
+    ] * (known > 0)
+    broken, advised = (
+        refused.get(reason, 0) for reason in (RefusalReason.BROKEN, RefusalReason.ADVISED_AGAINST)
     )
+    more = [f"{_counted(broken, 'code change')} did not work"] * (broken > 0)
+    more += [f"another agent advised against {_counted(advised, 'proposal')} on review"] * (
+        advised > 0
+    )
+    if more:
+        told = "; ".join(more)
+        sentences.append(
+            f"{told[0].upper()}{told[1:]}: no run was spent on {_them(broken + advised)}."
+        )
+    return " ".join(sentences)
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
+
+
+def usage_words(usage: Usage) -> str:
+    """What calls of language models have cost, e.g. `12 calls (1 failed), 5200 tokens, $0.31`."""
+    aside = [f"{usage.failed} failed"] * (usage.failed > 0)
+    aside += [f"{usage.cached} from the cache"] * (usage.cached > 0)
+    calls = _counted(usage.calls, "call") + (f" ({', '.join(aside)})" if aside else "")
+    return f"{calls}, {amount(usage.tokens)} tokens, {dollars(usage.dollars)}"
+
+
+def dollars(value: float) -> str:
+    """Money for readers: small sums keep their digits."""
+    return f"${value:.2f}" if value == 0 or value >= 0.1 else f"${value:.2g}"
+
+
+def confinement_sentences(report: Report) -> tuple[str, ...]:
+    """How far runs were confined; nothing where it was never recorded and no code was changed."""
+    lines = report.confinement
+    if not any(line.level or line.patched for line in lines):
+        return ()
+    said = []
+    for line in lines:
+        how = f"at level `{line.level}`" if line.level else "at a level that was not recorded"
+        were = "run was" if line.runs == 1 else "runs were"
+        code = f", {line.patched} of them with changed code" if line.patched else ""
+        said.append(f"{line.runs} {were} confined {how}{code}.")
+    return tuple(said)
+
+
+def narrative_paragraphs(report: Report) -> tuple[str, ...]:
+    """The latest narrative of a language model, bounded; nothing if there is none."""
+    if report.narrative is None:
+        return ()
+    text = report.narrative.text.partition(": ")[2]
+    parts = [bounded(part, PARAGRAPH_CHARS) for part in text.split("\n\n")]
+    return tuple(part for part in parts if part)[:PARAGRAPHS]
+
+
+def rejection(run: Run) -> str:
+    """Why the guard rejected a run: the first line of the harness's error, bounded.
+
+    The error stands at the end of the log, after what the candidate itself printed.
+    """
+    lines = [bounded(line, MESSAGE_CHARS) for line in run.log_tail.splitlines()]
+    said = [line for line in lines if line]
+    marked = [line for line in said if line.startswith("rejected: ")]
+    return next(reversed(marked or said), "no reason was recorded")
 
 
 def _counted(count: int, word: str) -> str:
@@ -174,19 +242,10 @@ def moment(seconds: float | None) -> str:
 # ------------------------------------------------------------------------------------ texts
 
 
-def clean(text: object) -> str:
-    """Text on one line without control, direction-changing or half characters."""
-    plain = str(text).encode("utf-8", "replace").decode("utf-8")
-    plain = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", plain)
-    hidden = r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
-    return " ".join(re.sub(hidden, " ", plain).split())
-
-
 def last_line(text: str) -> str:
     """The last line of a log that says anything, at most `MESSAGE_CHARS` long."""
-    lines = [line for line in map(clean, text.splitlines()) if line]
-    line = lines[-1] if lines else ""
-    return line if len(line) <= MESSAGE_CHARS else line[: MESSAGE_CHARS - 1] + "…"
+    lines = [line for line in text.splitlines() if clean(line)]
+    return bounded(lines[-1], MESSAGE_CHARS) if lines else ""
 
 
 def change_text(variant: Variant, reference: Variant) -> str:
@@ -194,8 +253,8 @@ def change_text(variant: Variant, reference: Variant) -> str:
     new, old = variant.overrides, reference.overrides
     words = [f"{knob}={value}" for knob, value in sorted(new.items()) if old.get(knob) != value]
     words += [f"-{knob}" for knob in sorted(old) if knob not in new]
-    if variant.patch != reference.patch:
-        words.append("patch" if variant.patch is not None else "-patch")
+    if variant.code != reference.code:
+        words.append("-patch" if variant.patch is None else describe_patch(variant.patch))
     return ", ".join(words)
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from society.errors import ExecutorError
-from society.experiments import InlineExecutor, load_task, variant
+from society.experiments import InlineExecutor, load_task, sandbox, variant
 from society.experiments.executor import (
     CURVE_POINTS,
     TAIL_CHARS,
@@ -280,7 +280,10 @@ def test_the_same_work_gives_the_same_bits_everywhere():
         return [(await executor.run(work)).score for work in works], executor.environment
 
     two, one, here = asyncio.run(local(2)), asyncio.run(local(1)), asyncio.run(inline())
-    assert two == one == here
+    assert two == one
+    assert one[0] == here[0]
+    assert one[1].differs(here[1]) == ()
+    assert (one[1].sandbox, here[1].sandbox) == (sandbox.best(), "")
     assert len(set(here[0])) == 4
     assert here[1].threads == 1
 

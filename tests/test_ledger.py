@@ -36,6 +36,7 @@ from society.records import (
     Activity,
     Budget,
     BudgetKind,
+    Call,
     Cost,
     Crown,
     Decision,
@@ -58,6 +59,7 @@ from society.records import (
     SocietyState,
     Split,
     StudyResult,
+    Usage,
     Variant,
     Verdict,
 )
@@ -1419,3 +1421,56 @@ def test_lease_state_machine(new_place):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# --- what language models cost -------------------------------------------------------------------
+
+
+def called(society, agent="ada", outcome="answered", dollars=0.25, **more):
+    numbers = {"prompt_tokens": 100, "completion_tokens": 10, "wall_s": 1.5} | more
+    return Call(society, agent, "propose", "a-model", outcome, dollars=dollars, **numbers)
+
+
+def test_calls_are_summed_by_society_and_agent(lab):
+    ledger, mine = lab.ledger, lab.ledger.start_society(1, {}).id
+    other = ledger.start_society(2, {}).id
+    assert ledger.usage(mine) == Usage()
+    version = ledger.version()
+    for call in (
+        called(mine), called(mine, outcome="cached", dollars=0.0), called(mine, outcome="timeout"),
+        called(mine, agent="bob", dollars=0.5, prompt_tokens=3_000_000_000), called(other),
+    ):  # fmt: skip
+        ledger.record_call(call)
+    assert ledger.version() == version
+    ada, bob = Usage(3, 1, 1, 200, 20, 0.5), Usage(1, 0, 0, 3_000_000_000, 10, 0.5)
+    assert ledger.usage_by_agent(mine) == {"ada": ada, "bob": bob}
+    assert (ledger.usage(mine, "ada"), ledger.usage(mine, "nobody")) == (ada, Usage())
+    assert ledger.usage(mine) == Usage(4, 1, 1, 3_000_000_200, 30, 1.0)
+    assert ada.tokens == 220
+    assert [one.outcome for one in ledger.calls(mine)][:3] == ["answered", "cached", "timeout"]
+    assert len(ledger.calls()) == 5
+    assert abs(ledger.calls()[0].called_at - ledger.now()) < 60
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_tokens": -1}, {"completion_tokens": -1}, {"dollars": -0.1}, {"wall_s": -1.0},
+        {"dollars": float("nan")}, {"dollars": float("inf")}, {"wall_s": float("inf")},
+        {"outcome": "cached"}, {"society": "s999"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_calls_that_cannot_be_are_refused(lab, wrong):
+    society = lab.ledger.start_society(1, {}).id
+    with pytest.raises(InvariantViolated):
+        lab.ledger.record_call(called(**{"society": society} | wrong))
+    assert lab.ledger.calls() == ()
+
+
+def test_hostile_names_in_calls_are_kept_within_bounds(lab):
+    society = lab.ledger.start_society(1, {}).id
+    lab.ledger.record_call(called(society, outcome="x" * 10_000 + "\ud800\0"))
+    (kept,) = lab.ledger.calls(society)
+    assert kept.outcome == "x" * 200
+    assert lab.ledger.usage(society).failed == 1

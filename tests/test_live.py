@@ -13,7 +13,7 @@ from society import live
 from society.agents.laboratory import Doing
 from society.cli_common import opened
 from society.experiments import gate
-from society.records import Decision, Effect, Variant, Verdict
+from society.records import Decision, Effect, Usage, Variant, Verdict
 from society.roles import BudgetLeft, Charter, View
 
 
@@ -213,3 +213,17 @@ def test_changes_against_the_reference():
     assert live.changed(Variant("t"), lr) == "-depth, -lr"
     assert live.changed(lr, lr) == "no change"
     assert live.changed(Variant("t", {}, "diff"), Variant("t")) == "patch"
+
+
+def test_models_are_shown_when_they_were_asked(small_lab):
+    notebook, progress = busy_snapshot(small_lab)
+    assert "Models" not in "\n".join(draw(live.Screen(notebook, progress), 100, 30))
+    used = Usage(12, 2, 3, 9000, 500, 0.31)
+    asked = replace(progress, usage=used, brain_status="endpoint down, search goes on")
+    lines = draw(live.Screen(notebook, asked), 120, 30)
+    (told,) = [line for line in lines if line.startswith("Models")]
+    assert "12 calls (2 failed, 3 from the cache), 9500 tokens, $0.31" in told
+    assert "endpoint down" in told
+    with still(small_lab) as laboratory:
+        laboratory.brain.status = "open\x1b[2J \u202e[red]circuit"
+        assert live.Progress.of(laboratory).brain_status == "open [red]circuit"

@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy
 
@@ -14,9 +15,20 @@ from society.errors import NotANotebook, NotebookDamaged
 from society.memory import migrations, schema
 from society.memory.folder import FileLock, NotebookFolder
 from society.memory.ledger import Ledger
-from society.records import HypothesisState, RunKind, SocietyState
+from society.records import (
+    Call,
+    HypothesisState,
+    NewInsight,
+    NewRefusal,
+    RefusalReason,
+    RunKind,
+    Scope,
+    SocietyState,
+    Usage,
+    Variant,
+)
 
-OLD = [1, 2]
+OLD = [1, 2, 3]
 
 
 @pytest.fixture(params=OLD, ids="schema {}".format)
@@ -82,8 +94,10 @@ def test_stored_ledgers_are_what_they_say(lab, version):
     for name in ("runs", "claims", "verdicts", "champions", "insights", "activities", "outbox"):
         assert len(found[name]) > 4, name
     states = [row["state"] for row in found["hypotheses"]]
-    assert {"open", "taken", "tested"} == set(states)
+    assert {"open", "taken", "tested"} == set(states) - {"dropped"}
     assert ("studies" in found) == (version >= 2)
+    assert ("refusals" in found) == (version >= 3)
+    assert "calls" not in found
 
 
 def test_an_upgrade_keeps_every_row_and_every_value(lab, version):
@@ -94,7 +108,7 @@ def test_an_upgrade_keeps_every_row_and_every_value(lab, version):
     del after["outbox"][len(before["outbox"]) :]
     for name, old_rows in before.items():
         new_rows = after[name]
-        if name == "meta":
+        if name == "meta" and version < 3:
             new_rows = [row for row in new_rows if row["key"] != "id"]
         assert len(new_rows) == len(old_rows), name
         for old, new in zip(old_rows, new_rows, strict=True):
@@ -104,7 +118,7 @@ def test_an_upgrade_keeps_every_row_and_every_value(lab, version):
             if name == "meta" and old["key"] == "schema":
                 assert new["value"] == str(schema.SCHEMA_VERSION)
                 may_differ = {"value"}
-            if name == "societies" and "recall" in json.loads(old["settings"]):
+            if name == "societies" and version < 3 and "recall" in json.loads(old["settings"]):
                 changed = json.loads(old["settings"])
                 changed["knowledge"] = changed.pop("recall")
                 assert json.loads(new["settings"]) == changed
@@ -115,6 +129,7 @@ def test_an_upgrade_keeps_every_row_and_every_value(lab, version):
                 )  # fmt: skip
 
 
+@pytest.mark.parametrize("version", [1, 2], ids="schema {}".format, indirect=True)
 def test_ideas_are_closed_for_a_reason_and_read_again(lab):
     before = len(contents(lab)["outbox"])
     migrations.upgrade(lab / "ledger.sqlite")
@@ -150,7 +165,7 @@ def test_variants_are_numbered_in_the_order_of_keeping(lab):
 
 def test_runs_are_tallied(upgraded):
     with Ledger.open(upgraded) as ledger:
-        (scope,) = ledger.scopes()
+        scope = ledger.scopes()[0]
         runs, counts = ledger.runs(), ledger.counts(scope)
     assert {kind: count for kind, count in counts.runs.items() if count} == {
         kind: sum(run.kind is kind for run in runs)
@@ -175,7 +190,13 @@ def shape(connection):
     return {
         name: {
             "columns": {
-                (one["name"], str(one["type"]), one["nullable"], one["default"], one["primary_key"])
+                (
+                    one["name"],
+                    str(one["type"]),
+                    one["nullable"],
+                    one["default"],
+                    one.get("primary_key"),
+                )
                 for one in found.get_columns(name)
             },
             "key": found.get_pk_constraint(name)["constrained_columns"],
@@ -218,6 +239,8 @@ def test_the_stored_ledger_of_this_version_needs_no_upgrade(unpack, tmp_path):
     with Ledger.open(lab, read_only=True) as ledger:
         assert len(ledger.priors()) == 4
         assert len(ledger.refusals()) > 0
+        assert ledger.usage("s004") == Usage(4, 1, 1, 6100, 380, 0.01)
+        assert len(ledger.calls()) == 4
     assert whole(lab) == before
     (tmp_path / "new").mkdir()
     Ledger.open(tmp_path / "new").close()
@@ -242,17 +265,28 @@ def test_the_rules_hold_in_an_upgraded_ledger(upgraded, statement):
 
 def test_an_upgraded_ledger_reads_through_all_of_the_interface(upgraded, version):
     with Ledger.open(upgraded) as ledger:
-        (scope,) = ledger.scopes()
+        scope = ledger.scopes()[0]
         assert len(ledger.runs(scope)) == raw(upgraded, "SELECT count(*) FROM runs")[0][0]
         assert ledger.champion(scope).number == len(ledger.champions(scope)) - 1 > 0
         assert all(claim.verdict or claim.is_open for claim in ledger.claims(scope))
         assert ledger.noise(scope).seeds > 0
         open_ideas = ledger.hypotheses(scope, state=HypothesisState.OPEN)
-        assert [one.statement for one in open_ideas] == [
-            "an open idea", "an idea that somebody had taken",
-        ]  # fmt: skip
-        assert len(ledger.studies()) == version - 1
-        assert ledger.refusals() == ledger.priors() == ()
+        had = (
+            "an idea that somebody has taken" if version == 3 else "an idea that somebody had taken"
+        )
+        assert [one.statement for one in open_ideas] == ["an open idea", had]
+        assert len(ledger.studies()) == (version > 1)
+        assert len(ledger.refusals()) == len(ledger.priors()) == (4 if version == 3 else 0)
+        assert ledger.calls() == ()
+        assert {run.environment.sandbox for run in ledger.runs()} == {""}
+        society = ledger.societies()[-1].id
+        assert ledger.usage(society) == Usage()
+        ledger.record_call(Call(society, "a01", "propose", "m", "answered", 7, 1, 0.5, 2.0))
+        assert ledger.usage(society, "a01") == Usage(1, 0, 0, 7, 1, 0.5)
+        for reason in RefusalReason:
+            ledger.commit(
+                scope, society, "a01", [NewRefusal(Variant(scope.task), reason)], key=reason.value
+            )
 
 
 @pytest.mark.parametrize("version", OLD, ids="schema {}".format, indirect=True)
@@ -260,7 +294,7 @@ def test_a_society_goes_on_in_an_upgraded_ledger(upgraded, version, society):
     with Ledger.open(upgraded) as ledger:
         before = ledger.societies()[-1]
         made = len(ledger.runs(society=before.id))
-    assert before.state is {1: SocietyState.RUNNING, 2: SocietyState.STOPPED}[version]
+    assert before.state is (SocietyState.RUNNING if version == 1 else SocietyState.STOPPED)
     done = society("run", "--resume", "--runs", made + 6, "--lab", upgraded, "--plain")
     assert done.code == 0, done.err
     with Ledger.open(upgraded) as ledger:
@@ -288,16 +322,12 @@ def test_the_ledger_of_before_is_kept(lab, version):
 def test_an_upgrade_that_fails_half_way_changes_nothing(lab, version, monkeypatch):
     before = whole(lab)
 
-    def broken(op, connection):
-        assert "home" in {row[1] for row in connection.exec_driver_sql(
-            "PRAGMA table_info(societies)")}  # fmt: skip
+    def step(op, connection):
+        migrations._to_4(op, connection)
+        assert connection.exec_driver_sql("SELECT count(*) FROM calls").scalar_one() == 0
         raise RuntimeError("power cut")
 
-    def step(op, connection):
-        migrations._to_3(op, connection)
-        broken(op, connection)
-
-    monkeypatch.setitem(migrations._STEPS, 2, step)
+    monkeypatch.setitem(migrations._STEPS, 3, step)
     with pytest.raises(RuntimeError, match="power cut"):
         migrations.upgrade(lab / "ledger.sqlite")
     assert whole(lab) == before
@@ -365,7 +395,8 @@ def test_the_command_says_what_it_did(lab, version, cli):
     assert (code, err) == (0, "")
     assert f"from schema {version} to {schema.SCHEMA_VERSION}" in out
     assert f"ledger.sqlite.schema{version}.bak" in out
-    assert "because they repeat an earlier one: 3." in out
+    assert ("because they repeat an earlier one: 3." in out) == (version < 3)
+    assert "what they cost, can be recorded" in out
     again = cli("memory", "upgrade", "--lab", lab)
     assert again[0] == 0
     assert "is up to date" in again[1]
@@ -388,3 +419,90 @@ def test_the_error_of_an_old_ledger_reaches_the_reader(lab):
     for read_only in (False, True):
         with pytest.raises(NotANotebook, match="society memory upgrade"):
             Ledger.open(lab, read_only=read_only)
+
+
+# --- a ledger on a server ------------------------------------------------------------------------
+
+REASONS_OF_3 = "reason IN ('duplicate', 'near_duplicate', 'dead_end', 'same_idea')"
+
+
+@pytest.fixture
+def old_on_a_server(postgres_url):
+    """A PostgreSQL ledger as schema 3 had it, with a few facts in it."""
+    scope = Scope("toy/cpu", "cpu-A")
+    with Ledger.open(postgres_url) as ledger:
+        society = ledger.start_society(1, {}).id
+        refused = NewRefusal(Variant(scope.task), RefusalReason.DUPLICATE, note="as before")
+        ledger.commit(scope, society, "ada", [NewInsight("kept", ()), refused], key="k")
+    with psycopg.connect(postgres_url, autocommit=True) as server:
+        server.execute("DROP TABLE calls")
+        server.execute("DROP FUNCTION society_calls_before_insert CASCADE")
+        server.execute("ALTER TABLE refusals DROP CONSTRAINT reason_known")
+        server.execute(f"ALTER TABLE refusals ADD CONSTRAINT reason_known CHECK ({REASONS_OF_3})")
+        server.execute("UPDATE meta SET value = '3' WHERE key = 'schema'")
+    return postgres_url
+
+
+def rules_on(url):
+    """The words of all triggers' functions."""
+    with psycopg.connect(url) as server:
+        query = "SELECT proname, prosrc FROM pg_proc WHERE starts_with(proname, 'society_')"
+        return set(server.execute(query).fetchall())
+
+
+def server_shape(url):
+    address = url.replace("postgresql:", "postgresql+psycopg:")
+    engine = sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        return shape(connection)
+
+
+def test_a_ledger_on_a_server_is_upgraded(old_on_a_server, postgres_server):
+    with pytest.raises(NotANotebook, match="society memory upgrade"):
+        Ledger.open(old_on_a_server)
+    done = migrations.upgrade(old_on_a_server)
+    assert (done.before, done.after, done.backup) == (3, schema.SCHEMA_VERSION, "society_schema3")
+    with Ledger.open(old_on_a_server) as ledger:
+        assert [one.text for one in ledger.insights()] == ["kept"]
+        assert [one.note for one in ledger.refusals()] == ["as before"]
+        ledger.record_call(Call("s001", "ada", "propose", "m", "answered", 7, 1, 0.5, 2.0))
+        assert ledger.usage("s001") == Usage(1, 0, 0, 7, 1, 0.5)
+        refused = NewRefusal(Variant("toy/cpu"), RefusalReason.BROKEN, note="as now")
+        assert ledger.commit(ledger.scopes()[0], "s001", "ada", [refused], key="l")
+    with psycopg.connect(old_on_a_server) as server:
+        kept = server.execute("SELECT text FROM society_schema3.insights").fetchall()
+        assert kept == [("kept",)]
+        assert server.execute("SELECT value FROM society_schema3.meta WHERE key = 'schema'"
+                              ).fetchone() == ("3",)  # fmt: skip
+    again = migrations.upgrade(old_on_a_server)
+    assert (again.before, again.backup) == (schema.SCHEMA_VERSION, None)
+    with postgres_server.database() as new:
+        Ledger.open(new).close()
+        assert server_shape(old_on_a_server) == server_shape(new)
+        assert rules_on(old_on_a_server) == rules_on(new)
+
+
+def test_an_upgrade_on_a_server_that_fails_changes_nothing(old_on_a_server, monkeypatch):
+    def step(op, connection):
+        migrations._to_4(op, connection)
+        raise RuntimeError("power cut")
+
+    before = server_shape(old_on_a_server), rules_on(old_on_a_server)
+    monkeypatch.setitem(migrations._STEPS, 3, step)
+    with pytest.raises(RuntimeError, match="power cut"):
+        migrations.upgrade(old_on_a_server)
+    assert (server_shape(old_on_a_server), rules_on(old_on_a_server)) == before
+    with psycopg.connect(old_on_a_server) as server:
+        copies = "SELECT count(*) FROM pg_namespace WHERE starts_with(nspname, 'society_')"
+        assert server.execute(copies).fetchone() == (0,)
+
+
+def test_only_older_ledgers_on_a_server_are_upgraded(old_on_a_server):
+    with psycopg.connect(old_on_a_server, autocommit=True) as server:
+        for found in ("2", "99", "none"):
+            server.execute("UPDATE meta SET value = %s WHERE key = 'schema'", (found,))
+            with pytest.raises(NotANotebook, match=f"schema {found}; this version"):
+                migrations.upgrade(old_on_a_server)
+        server.execute("DROP TABLE outbox")
+        with pytest.raises(NotANotebook, match="no notebook's ledger"):
+            migrations.upgrade(old_on_a_server)

@@ -271,6 +271,9 @@ class Bench:
         self.scene, self.hits = scene, hits
         self.view = type("View", (), {"charter": Charter()})
 
+    async def propose(self, knowledge):
+        return await self.brain.propose(knowledge)
+
     def knowledge(self):
         return self.scene.knowledge()
 

@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 import pytest
 
 from society import plots
+from society.cleaning import clean
+from society.cli import main
 from society.experiments import gate
 from society.experiments.executor import InlineExecutor
 from society.experiments.space import Space
@@ -20,6 +22,7 @@ from society.experiments.synthetic import Synthetic
 from society.memory.ledger import Ledger
 from society.records import (
     Activity,
+    Call,
     Champion,
     Claim,
     Cost,
@@ -38,21 +41,24 @@ from society.records import (
     RunKind,
     Scope,
     SocietyState,
+    Usage,
     Variant,
     Verdict,
     Work,
 )
 from society.render import render, write_report
-from society.report import build_report
+from society.report import Confinement, build_report
 from society.wording import (
     change_text,
-    clean,
+    confinement_sentences,
     delta,
     headline_sentences,
     interval,
     number,
+    rejection,
     reproduction,
     savings_sentence,
+    usage_words,
 )
 
 HOSTILE = (
@@ -514,3 +520,156 @@ def test_what_was_not_run_is_counted_from_the_ledger(lab):
     assert sentence in html
     assert "is a forecast" in html
     assert "is a forecast" in render(lab.report(), "md", {})
+
+
+# ------------------------------------------------------------------------------------ foreign text
+
+EVIL = (
+    "<script>alert(1)</script> [link](http://evil.example) ![i](http://evil.example/i.png) "
+    "\x1b[2J\x1b]8;;http://evil.example\x07 [red]x[/red] | a ``` b `c` \u202e\u2066 <b>"
+)
+PATCH = (
+    f"society-patch 1 {'ab' * 32}\nbase {'cd' * 32}\n--- a/gpt.py\n+++ b/gpt.py\n"
+    f"@@ -1,2 +1,3 @@ _block\n a = 1\n-b = 2\n+b = {EVIL}\n+````````\n"
+)
+
+
+@pytest.fixture
+def evil_lab(lab):
+    """A champion with a hostile patch, a rejected run, a narrative, refusals and model calls."""
+    lab.society = lab.ledger.start_society(2, {"task": "synthetic", "profile": "quick"}).id
+    first = lab.screen({})
+    lab.commit(Crown(first.variant, None, first.id))
+    lab.pool({}, 4)
+    variant = Variant(lab.task.key, {}, PATCH)
+    lab.variant = lambda overrides: Variant(lab.task.key, overrides, PATCH)
+    measured = Measurement(Outcome.COMPLETED, 1.5, Cost(wall_s=1.0))
+    better = lab.screen({}, measurement=measured)
+    change = NewClaim(better.id, first.variant, 0.01, 1, 0.05, 0.0)
+    lab.commit(change, agent="agent-1")
+    claim = lab.ledger.claims(lab.scope)[-1]
+    runs = []
+    for _ in range(3):
+        lease = lab.ledger.lease_next_seed(
+            lab.scope, lab.society, holder="agent-2", variant=variant,
+            kind=RunKind.VERIFICATION, claim_id=claim.id, ttl_s=60,
+        )  # fmt: skip
+        runs.append(lab.finish(lease, measured))
+    lab.judge(claim, Decision.ACCEPTED, runs, EVIL)
+    lab.commit(Crown(variant, claim.id, better.id))
+    log = f"rejected: my own reason\n{EVIL}\nrejected: it looked ahead {EVIL}{'x' * 9999}"
+    lab.screen({"lr": 0.9}, measurement=Measurement(Outcome.REJECTED, None, Cost(), log))
+    lab.commit(
+        NewInsight(f"Narrative: One run was made. {EVIL}\n\nA second paragraph.", ()),
+        agent="narrator",
+    )
+    lab.commit(
+        NewInsight(f"ordinary {EVIL}", ()),
+        NewHypothesis(EVIL, EVIL, lab.variant({"depth": 6}), 1.0),
+        NewRefusal(lab.variant({"depth": 7}), RefusalReason.BROKEN, None, EVIL),
+        NewRefusal(lab.variant({"depth": 8}), RefusalReason.ADVISED_AGAINST, None, EVIL),
+    )
+    for outcome, spent in (("answered", 0.25), ("timeout", 0.25), ("cached", 0.0)):
+        call = Call(lab.society, "agent-1", "propose", EVIL, outcome, 100, 10, spent, 1.0)
+        lab.ledger.record_call(call)
+    return lab
+
+
+def assert_inert(markdown, html):
+    page = Page(html)
+    assert not page.fetched
+    assert not {"script", "img", "a"} & page.tags
+    rendered = commonmark(markdown)
+    for text in (markdown, html):
+        assert not set(text) & {"\x1b", "\x07", "\u202e", "\u2066"}
+    assert "<script" not in rendered
+    assert "<b>" not in rendered
+    assert "evil.example" not in "".join(re.findall(r'(?:src|href)="([^"]*)"', rendered))
+    tables = len(re.findall(r"^\|(?:---\|)+$", markdown, re.MULTILINE))
+    assert rendered.count("<table>") == tables > 5
+
+
+def test_hostile_code_narratives_and_rejections_are_inert(evil_lab, tmp_path):
+    markdown, html = written(evil_lab, tmp_path)
+    assert_inert(markdown, html)
+    rendered = commonmark(markdown)
+    assert rendered.count('<pre><code class="language-diff">') == 1
+    assert "+````````" in rendered
+    assert "+````````" in html
+    assert "<details><summary>It also changes code" in html
+
+
+def test_a_narrative_is_apart_and_says_who_wrote_it(evil_lab):
+    report = evil_lab.report()
+    assert [one.author for one in report.insights] == ["agent-3"]
+    for form in ("md", "html"):
+        text = render(report, form, {})
+        assert "A language model wrote this" in text
+        assert "One run was made." in text
+        assert "A second paragraph." in text
+        assert "Narrative: One" not in text
+    evil_lab.commit(NewInsight("Narrative: Another one.", ()), agent="narrator")
+    evil_lab.commit(NewInsight("Narrative: by an impostor", ()), agent="agent-1")
+    report = evil_lab.report()
+    assert report.narrative.text == "Narrative: Another one."
+    assert len(report.insights) == 2
+
+
+def test_what_the_guard_rejected_is_listed_with_the_reason_of_the_harness(evil_lab):
+    report = evil_lab.report()
+    (run,) = report.rejected
+    reason = rejection(run)
+    assert reason.startswith("rejected: it looked ahead")
+    assert len(reason) <= 240
+    text = render(report, "md", {})
+    rejected = text.partition("## Rejected by the guard")[2].partition("## ")[0]
+    failed = text.partition("## Failed runs")[2].partition("## ")[0]
+    assert run.id in rejected
+    assert "it looked ahead" in rejected
+    assert failed.strip() == "None."
+    assert rejection(replace(run, log_tail="")) == "no reason was recorded"
+
+
+def test_what_models_cost_and_what_was_refused(evil_lab):
+    report = evil_lab.report()
+    assert report.usage == Usage(3, 1, 1, 200, 20, 0.5)
+    for form in ("md", "html"):
+        text = render(report, form, {})
+        assert "3 calls (1 failed, 1 from the cache), 220 tokens, $0.50" in text
+        assert "What language models cost" in text
+        assert "1 code change did not work; another agent advised against 1 proposal" in text
+    assert usage_words(Usage(1, 0, 0, 5, 1, 0.0012)) == "1 call, 6 tokens, $0.0012"
+
+
+def test_confinement_and_caveats(evil_lab):
+    report = evil_lab.report()
+    assert sum(one.runs for one in report.confinement) == len(report.runs)
+    said = (Confinement("bubblewrap", 7, 2), Confinement("", 1, 0))
+    report = replace(report, confinement=said, caveats=(f"toy {EVIL}",))
+    for form in ("md", "html"):
+        text = render(report, form, {})
+        assert "7 runs were confined at level" in text
+        assert "2 of them with changed code" in text
+        assert "1 run was confined at a level that was not recorded." in text
+        assert "aveat:" in text.partition("recipe")[0]
+    assert_inert(render(report, "md", {}), render(report, "html", {}))
+    assert confinement_sentences(replace(report, confinement=said[1:])) == ()
+
+
+def test_the_commands_show_foreign_text_without_control(evil_lab, capsys):
+    lab = evil_lab.ledger.path.parent
+    rejected = evil_lab.report().rejected[0].id
+    for command in (
+        ["memory", "show", rejected], ["memory", "show", "c0001"], ["memory", "show", "h0001"],
+        ["memory", "show", "i0001"], ["memory", "search", "script"], ["status"],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--lab", str(lab)])
+        out = capsys.readouterr().out
+        assert not end.value.code, command
+        assert not set(out) & {"\x1b", "\x07", "\u202e", "\u2066"}
+        if rejected in command:
+            assert "patch(gpt.py:_block +2 -1)" in out
+            assert "  -b = 2\n" in out
+            assert re.search(r"code_kept +(True|False)", out)
+            assert "sandbox" in out

@@ -125,3 +125,20 @@ def test_another_place_is_refused(place):
 
 def test_a_trailing_slash_names_the_same_server():
     assert Settings(recall="http://a:1/").recall == "http://a:1"
+
+
+def test_a_society_goes_on_with_another_allowance_and_address_but_the_same_model(tmp_path):
+    from society.app import resume_settings
+    from society.memory.folder import NotebookFolder
+    from society.memory.ledger import Ledger
+
+    folder = NotebookFolder(tmp_path / "lab").create()
+    first = Settings(task="synthetic", endpoint={"model": "a", "max_tokens": 9})
+    with Ledger.open(folder.ledger) as ledger:
+        ledger.start_society(1, first.model_dump(mode="json"), home=folder.home)
+    given = load_settings(
+        None, endpoint={"model": "b", "max_dollars": 2.0, "base_url": "http://127.0.0.1:9/v1"}
+    )
+    found = resume_settings(folder, given).endpoint
+    assert (found.model, found.max_tokens, found.max_dollars) == ("a", 9, 2.0)
+    assert found.base_url == "http://127.0.0.1:9/v1"

@@ -19,7 +19,7 @@ from society.memory import exports, migrations, schema, transfer
 from society.memory.exports import Format
 from society.memory.folder import FileLock, NotebookFolder
 from society.memory.ledger import Ledger
-from society.records import NewPrior, NewRefusal, RefusalReason, SeedList
+from society.records import Call, NewPrior, NewRefusal, RefusalReason, SeedList
 
 ODD_TEXTS = ('{"a":1}', '"a"', "[1,  2]", "[NaN]", "null", "", '"', "\u2028 ä 😀 \\ \t\r\n '", "{")
 ODD_FLOATS = (0.1 + 0.2, 5e-324, -0.0, 1.7976931348623157e308, float("inf"), float("-inf"), 1e22)
@@ -40,6 +40,9 @@ def _rich(tmp_path_factory, unpack):
             NewPrior("results.tsv", "d4e5f6a", None, "crash", "double width (OOM)"),
         ]
         assert ledger.commit(scope, society, "a01", entries, key="rich")
+        for text in ODD_TEXTS:
+            call = Call(society, "a01", "propose", text, text or "answered", 7, 1, 1e-9, 0.1 + 0.2)
+            ledger.record_call(call)
     with closing(sqlite3.connect(lab / "ledger.sqlite")) as db:
         db.execute("INSERT INTO sources VALUES ('0abc', 'def main():\n    pass\n', 7.25)")
         for number, text in enumerate(ODD_TEXTS):

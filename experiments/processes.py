@@ -1,0 +1,495 @@
+"""One forked process per run: its limits, its report, its end, and that nothing is left of it.
+
+A process that forks runs is a *subreaper*: whatever a run starts and abandons becomes its child, so
+that it can be found and killed. `fork_run` returns when all of a run's processes are gone.
+
+A run reports over a pipe in frames: a JSON object behind its length (4 bytes, big-endian). The last
+frame is its report. A run with a stranger's code sends another one before that, while all of the
+process is ours (its *opening*); whatever comes later is the stranger's word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+from society.experiments.executor import describe_error, outcome_of, thin
+from society.experiments.task import Diverged, Limits, TrainReport
+from society.model.device import is_out_of_memory
+from society.records import Outcome
+
+Message = dict[str, Any]
+
+HEADER = 4
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+MAX_FILE_BYTES = 4 << 30
+"""No run writes a larger file: a log without end must not fill the disk."""
+OPENING_BYTES = 1 << 20
+GRACE_S = 1.0
+"""How long a process that closed its pipe may take to be gone, or one that nobody listens to."""
+KILLED_S = 0.25
+"""How long a process may take to bury the ones that were killed under it."""
+TICK_S = 0.25
+"""How often a run is looked at while it works."""
+TICK_SHARE = 0.02
+"""Most of its time that the parent may spend on looking."""
+SWEEP_S = 20.0
+"""Killed processes are gone long before that, or the machine is ill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """How a run sends its opening."""
+
+    handle: int
+    """The pipe's descriptor."""
+
+    def __call__(self, message: Message) -> None:
+        """Send a frame."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        left = memoryview(pack(message))
+        while left:
+            left = left[os.write(self.handle, left) :]
+
+
+Job = Callable[[Say], Message]
+"""What a run does; returns its report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What the parent looks at while a run works, beside the clock."""
+
+    folder: Path | None = None
+    """Where the run may write; it is stopped when there is more than `disk_bytes`."""
+    disk_bytes: int = 0
+    line: int | None = None
+    """A descriptor; the run is stopped a moment after its other end is closed."""
+    stranger: bool = False
+    """Whether it sends an opening, and is not to be trusted after that."""
+    most_cpu_s: Callable[[Message], float] | None = None
+    """Opening -> processor seconds that the run may use from then on."""
+    report_bytes: int = 1 << 26
+    """Longest report."""
+
+
+PLAIN = Watch()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a forked run ended."""
+
+    message: Message = field(default_factory=dict)
+    """What it reported; `outcome` is always there."""
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    mem_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Watched:
+    """What the parent of a run saw of it. Nothing in here but `payload` is the run's own word."""
+
+    stop: str = ""
+    """Why it was stopped: `time`, `disk`, `cpu`, `line` or `size`; empty if it came to its end."""
+    opening: Message | None = None
+    payload: bytes = b""
+    """Its last frame; empty if there is none."""
+    opened_at: float = 0.0
+    """Seconds (monotonic) at which the opening came."""
+    ended_at: float = 0.0
+    """The same for its last frame, or its end."""
+    status: int = 0
+    """As `os.wait4` gives it."""
+    cpu_s: float = 0.0
+    """Processor seconds of all of its processes."""
+    wall_s: float = 0.0
+    mem_bytes: int = 0
+
+
+def pack(message: Message) -> bytes:
+    """A message as it goes over the wire."""
+    body = json.dumps(message).encode()
+    return len(body).to_bytes(HEADER, "big") + body
+
+
+def guard(parent: int, death: int) -> None:
+    """End with the parent, leave Ctrl-C to the owner, and write no core files."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death)
+    if os.getppid() != parent:  # it died before we could ask
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever this process's descendants leave behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def fork_run(
+    job: Job, limits: Limits, link: socket.socket, *, cap: bool, log: Path | None = None
+) -> Ending:
+    """Do one of our own jobs in a forked process and wait for its end; see `watch_run`."""
+    seen = watch_run(job, limits, link, cap=cap, log=log)
+    return Ending(_message(seen, limits), seen.cpu_s, seen.wall_s, seen.mem_bytes)
+
+
+def watch_run(
+    job: Job,
+    limits: Limits,
+    link: socket.socket,
+    *,
+    cap: bool,
+    log: Path | None = None,
+    watch: Watch = PLAIN,
+) -> Watched:
+    """Do a job in a forked process, and return when it and all that it started are gone.
+
+    They are killed at the time-out, after the report, when `watch` says so, and when the owner's
+    `link` closes; in that case this process ends too.
+    """
+    parent, started = os.getpid(), time.monotonic()
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        link.close()
+        _become_run(job, parent, writing, limits.mem_bytes if cap else 0, log)
+    os.close(writing)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, pid)  # the child does it too; whoever comes first
+    try:
+        seen = _Observer(pid, reading, link, watch, started + limits.timeout_s).observe()
+    finally:
+        os.close(reading)
+    if seen.stop or (seen.payload and watch is not PLAIN):
+        _stop(pid)
+        grace_s = KILLED_S
+    else:
+        grace_s = GRACE_S  # ours ends by itself; whoever waits for it inside must have time to
+    seen.status, usage = _bury(pid, grace_s)
+    sweep()
+    seen.cpu_s = max(seen.cpu_s, usage.ru_utime + usage.ru_stime)
+    seen.wall_s = time.monotonic() - started
+    seen.mem_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return seen
+
+
+class _Observer:
+    """Listens to a run, and looks at it from time to time."""
+
+    def __init__(
+        self, pid: int, pipe: int, link: socket.socket, watch: Watch, deadline: float
+    ) -> None:
+        self._pid, self._pipe, self._link, self._watch = pid, pipe, link, watch
+        self._deadline = deadline
+        self._meter = _Meter(pid)
+        self._most_cpu_s = float("inf")
+        self._data, self._hung_up = b"", False
+        self._next_tick = time.monotonic() + TICK_S
+        self._poll = select.poll()
+        self._poll.register(pipe, select.POLLIN)
+        self._poll.register(link, select.POLLIN)
+        if watch.line is not None:
+            self._poll.register(watch.line, 0)  # tells when the other side has hung up
+        self.seen = Watched()
+
+    def observe(self) -> Watched:
+        """Wait for the report, the end, or a reason to stop it."""
+        while not self._is_over():
+            ready = dict(self._poll.poll(self._pause_s() * 1e3))
+            if self._link.fileno() in ready and not self._link.recv(1, socket.MSG_PEEK):
+                _kill_group(self._pid)
+                sweep()
+                sys.exit(0)
+            if self._watch.line is not None and self._watch.line in ready:
+                self._poll.unregister(self._watch.line)
+                self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
+                self._hung_up = True
+            if self._pipe in ready:
+                chunk = os.read(self._pipe, 1 << 16)
+                if not chunk:
+                    break
+                self._data += chunk
+        if self._watch.stranger:  # what is killed before its parent waits for it is not in rusage
+            self._meter.look()
+        self.seen.ended_at = time.monotonic()
+        self.seen.cpu_s = self._meter.total_s
+        return self.seen
+
+    def _is_over(self) -> bool:
+        if self._framed():
+            return True
+        now = time.monotonic()
+        if now >= self._deadline:
+            self.seen.stop = "line" if self._hung_up else "time"
+        elif now >= self._next_tick and self._looks:
+            self._look()
+            cost_s = time.monotonic() - now
+            self._next_tick = now + max(TICK_S, cost_s / TICK_SHARE)
+        return bool(self.seen.stop)
+
+    def _framed(self) -> bool:
+        """Whether the last frame is there; takes the opening on the way."""
+        while len(self._data) >= HEADER:
+            opens = self._watch.stranger and self.seen.opening is None
+            size = int.from_bytes(self._data[:HEADER], "big")
+            if size > (OPENING_BYTES if opens else self._watch.report_bytes):
+                self.seen.stop = "size"
+                return True
+            if len(self._data) < HEADER + size:
+                return False
+            frame, self._data = self._data[HEADER : HEADER + size], self._data[HEADER + size :]
+            if not opens or "outcome" in (opening := json.loads(frame)):
+                self.seen.payload = frame
+                return True
+            self.seen.opening, self.seen.opened_at = opening, time.monotonic()
+            if self._watch.most_cpu_s is not None:
+                self._most_cpu_s = opening["cpu_s"] + self._watch.most_cpu_s(opening)
+        return False
+
+    @property
+    def _looks(self) -> bool:
+        return self._watch.folder is not None or self._watch.stranger
+
+    def _pause_s(self) -> float:
+        """Until something is to be done without being woken."""
+        until = min(self._deadline, self._next_tick) if self._looks else self._deadline
+        return min(max(0.0, until - time.monotonic()), 86_400.0) + 0.001
+
+    def _look(self) -> None:
+        watch = self._watch
+        if watch.stranger:
+            self._meter.look()
+            if self._meter.total_s > self._most_cpu_s:
+                self.seen.stop = "cpu"
+        if watch.folder is not None and size_of(watch.folder, watch.disk_bytes) > watch.disk_bytes:
+            self.seen.stop = "disk"
+
+
+class _Meter:
+    """Adds up the processor time of a process and of all that it started, while they live."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._seen: dict[tuple[int, float], float] = {}
+
+    def look(self) -> None:
+        """Read the clocks of those that are there now."""
+        for pid in (self._root, *_descendants(self._root)):
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                times = process.cpu_times()
+                self._seen[pid, process.create_time()] = times.user + times.system
+
+    @property
+    def total_s(self) -> float:
+        """Seconds, of processes that are gone by now too."""
+        return sum(self._seen.values())
+
+
+def size_of(folder: Path, enough: int) -> int:
+    """Bytes below a folder as far as they take room; stops counting above `enough`."""
+    total, folders = 0, [str(folder)]
+    while folders and total <= enough:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    found = entry.stat(follow_symlinks=False)
+                    total += max(found.st_blocks * 512, 512)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    return total
+
+
+def _become_run(job: Job, parent: int, pipe: int, mem_bytes: int, log: Path | None) -> NoReturn:
+    """The whole life of a forked run."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        guard(parent, signal.SIGKILL)
+        if log is not None:
+            _redirect(log)
+        _limit(mem_bytes)
+        say = Say(pipe)
+        say(_attempt(job, say))
+        code = 0
+    finally:
+        leave(code)
+
+
+def _attempt(job: Job, say: Say) -> Message:
+    try:
+        return {"outcome": Outcome.COMPLETED} | job(say)
+    except Exception as error:  # noqa: BLE001 - whatever a run raises is its outcome
+        if outcome_of(error) is Outcome.CRASHED and not is_out_of_memory(error):
+            traceback.print_exc()
+        spent = {"report": plain(error.report)} if isinstance(error, Diverged) else {}
+        return {"outcome": outcome_of(error), "error": describe_error(error)} | spent
+
+
+def plain(report: TrainReport) -> Message:
+    """A report as JSON values."""
+    values = {name: getattr(report, name) for name in TrainReport.__slots__}
+    return values | {"curve": thin(report.curve)}
+
+
+def _redirect(log: Path) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def _limit(mem_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+    if mem_bytes:
+        most = psutil.Process().memory_info().vms + mem_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def leave(code: int) -> NoReturn:
+    """End a forked process without running what its parent registered."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _stop(pid: int) -> None:
+    """Kill what a process started, so that it can bury that and end; or itself, if it is alone.
+
+    What a process has used is added to its parent's when it is buried, not when both are killed.
+    """
+    started = list(_descendants(pid))
+    for one in started:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(one, signal.SIGKILL)
+    if not started:
+        _kill_group(pid)
+
+
+def _bury(pid: int, grace_s: float) -> tuple[int, resource.struct_rusage]:
+    """Wait a moment for the end of a process, then kill it with its group."""
+    deadline, pause = time.monotonic() + grace_s, 0.0005
+    while time.monotonic() < deadline:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            _kill_group(pid)  # what it may have left behind
+            return status, usage
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    _kill_group(pid)
+    _, status, usage = os.wait4(pid, 0)
+    return status, usage
+
+
+def sweep(spare: frozenset[int] = frozenset()) -> None:
+    """Kill and bury every child of this process, and theirs, until none is left but `spare`.
+
+    Raises:
+        TimeoutError: One cannot be killed. This process is not to be used any more then.
+    """
+    deadline, pause = time.monotonic() + SWEEP_S, 0.0002
+    while left := set(children(os.getpid())) - spare:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: buried already
+                os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {sorted(left)} of a run cannot be killed")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+
+
+def children(pid: int) -> list[int]:
+    """The living and unburied children of a process."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+        lists = [Path(f"/proc/{pid}/task/{thread}/children").read_text() for thread in threads]
+    except OSError:  # it is gone, or the system has no such list
+        if sys.platform == "linux" and Path("/proc/self/task").exists():
+            return _children_by_parent(pid) if not _LISTED else []
+        return _children_by_parent(pid)
+    return [int(word) for text in lists for word in text.split()]
+
+
+_LISTED = Path(f"/proc/self/task/{os.getpid()}/children").exists()
+"""Whether the kernel lists the children of a thread (CONFIG_PROC_CHILDREN)."""
+
+
+def _children_by_parent(pid: int) -> list[int]:
+    with contextlib.suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for child in children(pid):
+        yield child
+        yield from _descendants(child)
+
+
+def _message(seen: Watched, limits: Limits) -> Message:
+    if seen.payload:
+        found: Message = json.loads(seen.payload)
+        return found
+    return stopped(seen, limits)
+
+
+def stopped(seen: Watched, limits: Limits) -> Message:
+    """The outcome of a run that sent no report."""
+    if seen.stop == "time":
+        stop = f"timed out: killed after {limits.timeout_s:g} s"
+        return {"outcome": Outcome.TIMED_OUT, "error": stop}
+    if seen.stop == "disk":
+        stop = "rejected: stopped because it wrote more than its scratch folder may hold"
+        return {"outcome": Outcome.REJECTED, "error": stop}
+    if seen.stop == "size":
+        return {"outcome": Outcome.REJECTED, "error": "rejected: its report is far too long"}
+    if seen.stop:
+        return {"outcome": Outcome.CRASHED, "error": f"crashed: stopped ({seen.stop})"}
+    return {"outcome": Outcome.CRASHED, "error": _cause(seen.status)}
+
+
+def _cause(status: int) -> str:
+    """Why a process ended without a report."""
+    if not os.WIFSIGNALED(status):
+        return f"crashed: exit code {os.waitstatus_to_exitcode(status)} without a report"
+    try:
+        name = signal.Signals(os.WTERMSIG(status)).name
+    except ValueError:  # a real-time signal
+        name = f"signal {os.WTERMSIG(status)}"
+    hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+    return f"crashed: killed by {name}{hint}"
