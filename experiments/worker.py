@@ -78,7 +78,6 @@ from society.experiments.task import (
     Role,
     Task,
     Yardstick,
-    cache_dir,
     load_task,
 )
 from society.model import device as devices
@@ -184,7 +183,7 @@ def _start(order: Order, link: socket.socket) -> tuple[Task | None, str]:
 
 def _prepare(task: Task, order: Order) -> Message:
     level = _level(order, task)
-    confined = level if access_of(task) is not None else ""
+    confined = level if access_of(task) is not None and order.device == "cpu" else ""
     return {
         "data_hash": task.prepare(),
         "level": level,
@@ -542,6 +541,9 @@ def enter(
 ) -> None:
     """Confine this process, if runs of the task are confined.
 
+    On an accelerator, whose driver and compiler want files and processes that nobody has listed
+    for every machine, only what foreign code does is confined.
+
     Args:
         order: Of this loop.
         task: Whose run it is.
@@ -556,7 +558,9 @@ def enter(
     if access is None:
         return
     limits, on_cpu = limits or task.limits, order.device == "cpu"
-    write = _writable(folder, post, code=code, on_cpu=on_cpu)
+    if not code and not on_cpu:
+        return
+    write = _writable(folder, post, on_cpu=on_cpu)
     if code and on_cpu:
         _close_all_but({0, 1, 2, *keep})
     cpu_s = most_cpu_s or limits.timeout_s + SPARE_CPU_S
@@ -574,7 +578,7 @@ def enter(
     )
 
 
-def _writable(folder: Path, post: Post, *, code: bool, on_cpu: bool) -> tuple[Path, ...]:
+def _writable(folder: Path, post: Post, *, on_cpu: bool) -> tuple[Path, ...]:
     """Where a run may write; its temporary files go there, and what foreign code compiles."""
     trains = post is Post.TRAINER
     if not trains and on_cpu:
@@ -584,15 +588,10 @@ def _writable(folder: Path, post: Post, *, code: bool, on_cpu: bool) -> tuple[Pa
     os.environ["TMPDIR"] = tempfile.tempdir = str(room)
     if on_cpu:
         return folder / "model", room
-    if code:  # nothing that it compiles may ever be found by another run
-        for name in ("SOCIETY_CACHE", devices.COMPILE_CACHE, "TRITON_CACHE_DIR"):
-            os.environ[name] = str(room / name.lower())
-        return (folder / "model", room) if trains else (room,)
-    chosen = [Path(os.environ[name]) for name in _COMPILE_CACHES if name in os.environ]
-    return folder / "model", room, cache_dir(), Path.home() / ".triton", *chosen
-
-
-_COMPILE_CACHES = (devices.COMPILE_CACHE, "TRITON_CACHE_DIR")
+    # Nothing that foreign code compiles may ever be found by another run.
+    for name in ("SOCIETY_CACHE", devices.COMPILE_CACHE, "TRITON_CACHE_DIR"):
+        os.environ[name] = str(room / name.lower())
+    return (folder / "model", room) if trains else (room,)
 
 
 def _close_all_but(keep: set[int]) -> None:

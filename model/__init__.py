@@ -27,6 +27,8 @@
     device      names, memory, peak rates and instruction sets of devices
     weights     the saved model: one safetensors file that carries its recipe
     evaluate    bits per byte of a saved model
+    guard       the same for a model of unknown code, and whether it answers honestly
+    yardstick   what one step takes: processor seconds and FLOPs
     threads     one thread, so that the same seed gives the same bits
 
 `recipe`, `flops`, `data` and `schedule` do not import torch.

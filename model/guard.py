@@ -41,12 +41,12 @@ Tolerance. On a CPU one thread gives the same bits for a row wherever it lies in
 size, so questions are asked in batches of the size in which the first model was asked the row. See
 `TOLERANCES` for what is measured and what is allowed beyond.
 
-Cost. The second model's answers are at most `PROBES` rows without the head: at the default size as
-many as are scored, about 3 % of a run. On an accelerator, 128 rows of 2,048 tokens beside the 20
-million that the public benchmark scores are 1.3 % of the scoring's forward passes, and a 300 s run
-on an H100 spends well under 10 s of those: 0.1 s, or 0.03 % of the run. The yardstick's counted
-steps are of one row each there; starting the two processes takes a few seconds of an accelerator's
-context, 1 to 2 %.
+Cost. The second model's answers are at most `PROBES` rows without the head: at the default size
+half as many as are scored, with all else 3 to 4 % of a run (`benchmarks/guard.py`). On an
+accelerator, by calculation and not measured: 128 rows of 2,048 tokens beside the 20 million that
+the public benchmark scores are 1.3 % of the scoring's forward passes, which are a few seconds of a
+300 s run: below 0.1 % of it. The yardstick's and the counted step are of one row each. What is left
+is starting two more processes on the device, some seconds: 1 to 2 %.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ CONFIG = """
 endpoint:
   model: smollm2
   base_url: {url}
-  context_tokens: 1800
-  answer_tokens: 400
-  deadline_s: 60
+  context_tokens: 1300
+  answer_tokens: 300
+  deadline_s: 150
+  max_tokens: 15000
   temperature: 0.7
 """
 
@@ -82,7 +83,7 @@ def test_a_society_asks_a_real_model(llama, tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "society", "run", "--agents", "4", "--brain", "openai",
-            "--config", config, "--task", "synthetic", "--runs", "40", "--plain",
+            "--config", config, "--task", "synthetic", "--runs", "24", "--plain",
             "--lab", tmp_path / "lab",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
