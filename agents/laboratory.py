@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from society import exchange, logs
+from society.experiments.patches import rules_of
 from society.provenance import keep_patch
 from society.records import (
     Decision,
@@ -382,6 +383,7 @@ class Laboratory:
             budget=view.budget,
             noise=view.noise,
             sources=dict(task.sources()) if hasattr(task, "sources") else {},
+            rules=rules_of(task),
             champions=tuple(
                 (one, view.board.score(one.variant.fingerprint))
                 for one in self.ledger.champions(self.scope)

@@ -241,7 +241,7 @@ class Researcher:
             assert knowledge.background is not None
             sources = knowledge.background.sources
             edited = patches.apply_edits(files, _edits(answer))
-            patches.check(edited, sources)
+            patches.check(edited, sources, knowledge.background.rules or patches.TRAINER)
             patch = patches.canonical(sources, edited)
             variant = knowledge.space.variant(knowledge.task, variant.overrides, patch)
             simpler = answer.simplification

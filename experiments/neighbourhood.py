@@ -1,8 +1,8 @@
 """Which variants lie near another one, and which changes it repeats, among hundred thousands.
 
 One row of a matrix per knob, one column per variant; a number is kept as its position on the knob's
-unit scale, a word, flag or patch as a number that is equal or different. A query passes over the rows
-with numpy. The matrix is float32, so what it cannot decide (a distance on the very edge) is
+unit scale, a word, flag or patch as a number that is equal or different. A query passes over the
+rows with numpy. The matrix is float32, so what it cannot decide (a distance on the very edge) is
 decided by `Space` itself: the answers are those of comparing one by one, exactly.
 """
 

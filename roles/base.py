@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Container, Sequence
 
+    from society.experiments.coderules import Rules
     from society.experiments.space import Space
     from society.experiments.task import Direction
     from society.memory.recall import Hit
@@ -145,6 +146,8 @@ class Background:
     noise: Noise | None = None
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """File name -> text of the task's own files that a variant may change; empty if it may not."""
+    rules: Rules | None = None
+    """What changed code may use; None for those of the trainer."""
     champions: tuple[tuple[Champion, float | None], ...] = ()
     """The champion history with the score of each on the screening seed."""
     claims: tuple[Claim, ...] = ()

@@ -41,7 +41,7 @@ class Candidate:
     checked: Expected
     """With the static check of code: `refused` or `passes`."""
     unchecked: Expected
-    """With that check switched off: an outcome, `failed`, `problem` (in the trial) or `harmless`."""
+    """With that check switched off: an outcome, `failed`, `problem` (of the trial), `harmless`."""
 
 
 def read(path: Path) -> Candidate:
