@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 BEST, LATEST, WORST = 12, 8, 5
 """Results that are shown."""
-CODE_CHARS = 60_000
-"""Longest file that is shown."""
+CODE_CHARS, ATTEMPT_CHARS = 60_000, 4_000
+"""Longest file and longest failed change that are shown."""
 PRIVATE = frozenset({RefusalReason.BROKEN, RefusalReason.ADVISED_AGAINST})
 """Refusals of which only the reason is shown: their notes were written by code or by a model."""
 
@@ -36,12 +36,21 @@ class Briefing:
         """Write about this knowledge; `quoter` makes other people's texts inert."""
         self._known, self._back, self._quoter = knowledge, background, quoter
 
-    def for_proposal(self, code: Mapping[str, str]) -> list[Section]:
-        """All there is to know before a proposal; `code` is the champion's, empty if not shown."""
+    def for_proposal(
+        self, code: Mapping[str, str], failed: str = "", complaints: Sequence[str] = ()
+    ) -> list[Section]:
+        """All there is to know before a proposal.
+
+        Args:
+            code: The champion's files, empty if they are not shown.
+            failed: The reader's own latest code change, if it did not work.
+            complaints: What is wrong with it and those before.
+        """
         return [
-            self.task(), self.refused(), self.champion(), *self.knobs(), self.best(),
-            self.latest(), self.worst(), self.verdicts(), self.recalled(), self.insights(),
-            self.dead_ends(), self.failed(), self.hypotheses(), self.pending(), *self.code(code),
+            self.task(), self.refused(), self.attempt(failed), self.champion(), *self.knobs(),
+            self.best(), self.latest(), self.worst(), self.verdicts(), self.recalled(),
+            self.insights(), self.dead_ends(), self.failed(), self.hypotheses(), self.pending(),
+            *self.code(code, complaints),
         ]  # fmt: skip
 
     def for_review(self, proposal: Proposal, changes: Sequence[str]) -> list[Section]:
@@ -190,7 +199,12 @@ class Briefing:
         title = "Your own proposals of just now, refused"
         return self._section(title, lines, 1, least=1, quoted=True)
 
-    def code(self, files: Mapping[str, str]) -> list[Section]:
+    def attempt(self, change: str) -> Section:
+        """The reader's own code change that did not work: it remembers nothing of it."""
+        lines = self._quoter.code(change, "a patch of its reader", ATTEMPT_CHARS).splitlines()
+        return self._section("Your last code change, which failed", lines, 1, least=5, quoted=True)
+
+    def code(self, files: Mapping[str, str], complaints: Sequence[str] = ()) -> list[Section]:
         """The champion's code, file by file; signatures where there is no room for it.
 
         The file that the last broken patch was about comes first, then one drawn at random, so that
@@ -198,7 +212,8 @@ class Briefing:
         """
         names = list(files)
         random.Random(self._known.entropy + 1).shuffle(names)
-        names.sort(key=lambda name: name not in self._stumbled())
+        stumbled = self._stumbled(complaints)
+        names.sort(key=lambda name: name not in stumbled)
         return [
             Section(
                 f"File {name} (the champion's)",
@@ -211,14 +226,15 @@ class Briefing:
             for place, name in enumerate(names)
         ]
 
-    def _stumbled(self) -> set[str]:
-        """Files that a patch was about which has just been refused."""
-        patches = " ".join(
+    def _stumbled(self, complaints: Sequence[str]) -> set[str]:
+        """Files that an answer was about which has just been refused."""
+        refused = [
             describe_patch(one.proposal.variant.patch) + one.note
             for one in self._known.refused
             if one.proposal.variant.patch
-        )
-        return {name for name in self._back.sources if name in patches}
+        ]
+        told = " ".join([*complaints, *refused])
+        return {name for name in self._back.sources if name in told}
 
     # ---------------------------------------------------------------- words
 

@@ -29,6 +29,8 @@ WITHHELD = "(withheld: it reads like instructions)"
 LINE_CHARS = 400
 """Longest quoted text of one author, unless said otherwise."""
 MARK = "… ({} more left out)"
+REMOVALS = 4
+"""How often frames are taken out of one text before all that they are made of is."""
 
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
@@ -75,12 +77,20 @@ def inert(text: str, limit: int = LINE_CHARS, *, lines: bool = False) -> str:
         limit: Most characters; a text that is cut ends in an ellipsis.
         lines: Whether line ends are kept; otherwise it becomes one line.
     """
-    clean = _CONTROL.sub("", text.replace("\r\n", "\n"))
-    for _ in range(3):  # what is left after one removal may be another frame
-        clean = _FRAME.sub(" ", clean)
+    clean = _unframed(_CONTROL.sub("", text.replace("\r\n", "\n")), " ")
     if not lines:
         clean = " ".join(clean.split())
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def _unframed(text: str, gap: str) -> str:
+    """Without what frames a conversation; what is left after one removal may be another frame."""
+    for _ in range(REMOVALS):
+        clean = _FRAME.sub(gap, text)
+        if clean == text:
+            return clean
+        text = clean
+    return re.sub(r"[<>|\[\]#:]", gap, text)  # nobody nests them so deeply by accident
 
 
 class Quoter:
@@ -108,7 +118,10 @@ class Quoter:
                 withheld(source, line)
                 kept.append(line[: len(line) - len(line.lstrip())] + f"# {WITHHELD}")
             else:
-                kept.append(self._unfenced(_FRAME.sub("", line)))
+                clean = _unframed(line, "")
+                if clean != line and line.lstrip().startswith("#"):
+                    clean = f"{line[: len(line) - len(line.lstrip())]}# {clean.lstrip('# ')}"
+                kept.append(self._unfenced(clean))
         return "\n".join(kept)
 
     def _unfenced(self, text: str) -> str:

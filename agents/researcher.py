@@ -29,7 +29,7 @@ from society.agents.search import SearchBrain
 from society.errors import BadAnswer, EndpointError, InvalidVariant
 from society.experiments import patches
 from society.experiments.patches import BadPatch, Edit
-from society.records import NewHypothesis
+from society.records import NewHypothesis, RefusalReason
 from society.roles.base import Advice, Proposal, Reading, Review
 
 if TYPE_CHECKING:
@@ -40,13 +40,14 @@ if TYPE_CHECKING:
 
     from society.agents.endpoint import Endpoint
     from society.records import Variant
-    from society.roles.base import Background, Knowledge
+    from society.roles.base import Background, Knowledge, Refused
     from society.settings import Endpoint as EndpointSettings
 
 TEMPERAMENTS = ("bold", "careful", "contrarian", "simplifier")
 """Those of the agents a01, a02, a03, a04; a05 is bold again."""
 CORRECTIONS = 2
-"""How often an unusable answer is given back to its author with what is wrong with it."""
+"""How often an unusable answer is given back to its author with what is wrong with it; code that
+does not apply or run, so often in all of a duty."""
 PATIENCE = 3
 """Proposals of one duty that may be refused before `search` makes the next one."""
 MOST_GAIN = 1.0
@@ -167,7 +168,7 @@ class Researcher:
         """A proposal of the model, or of `search` where it has none that can be used."""
         if knowledge.background is None:
             return await self._search.propose(knowledge)
-        if len(knowledge.refused) >= PATIENCE:
+        if len(knowledge.refused) >= PATIENCE or _given_up(knowledge):
             self._log.info("search proposes instead", agent=knowledge.agent, reason="refused")
             return await self._search.propose(knowledge)
         try:
@@ -182,9 +183,12 @@ class Researcher:
         files = self._code(knowledge, background)
         complaints: list[str] = []
         spoilt: Proposal | None = None
-        for _ in range(1 + CORRECTIONS):
-            question = self._ask_for_idea(knowledge, background, files, complaints)
-            answer: Idea | CodeIdea | None = None
+        answer: Idea | CodeIdea | None = None
+        tries = 1 + CORRECTIONS - sum(_is_broken(one) for one in knowledge.refused)
+        for _ in range(tries):
+            failed = _change(answer) or _failed_change(knowledge, background)
+            question = self._ask_for_idea(knowledge, background, files, complaints, failed)
+            answer = None
             try:
                 answer = await self._endpoint.ask(question)
                 return self._proposal(answer, knowledge, files)
@@ -195,10 +199,15 @@ class Researcher:
             except BadPatch as error:
                 complaints.append(str(error))
                 spoilt = self._spoilt(answer, knowledge, str(error)) or spoilt
+            except EndpointError as error:
+                if spoilt is None:
+                    raise
+                self._say(knowledge.agent, error)
+                return spoilt
             self._log.info("unusable idea", agent=knowledge.agent, reason=inert(complaints[-1]))
         if spoilt is not None:
             return spoilt
-        raise Unusable(f"No usable proposal in {1 + CORRECTIONS} answers: {complaints[-1]}")
+        raise Unusable(f"No usable proposal in {tries} answers: {complaints[-1]}")
 
     def _code(self, knowledge: Knowledge, background: Background) -> Mapping[str, str]:
         """The champion's code; empty where it may not be changed."""
@@ -216,13 +225,15 @@ class Researcher:
         background: Background,
         files: Mapping[str, str],
         complaints: Sequence[str],
+        failed: str,
     ) -> Question[Any]:
         marks = ["propose", knowledge.agent, str(knowledge.entropy), *complaints]
         quoter = Quoter(self._key, "\n".join(marks))
+        briefing = Briefing(knowledge, background, quoter)
         return self._question(
             knowledge.agent,
             "propose",
-            Briefing(knowledge, background, quoter).for_proposal(files),
+            briefing.for_proposal(files, failed, complaints),
             CodeIdea if files else Idea,
             temperament_of(knowledge.agent),
             metric=background.about.partition(":")[0],
@@ -418,6 +429,33 @@ def fence_key(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _is_broken(refused: Refused) -> bool:
+    return bool(refused.proposal.model) and refused.reason is RefusalReason.BROKEN
+
+
+def _given_up(knowledge: Knowledge) -> bool:
+    """Whether code was given back so often that its author is asked for no more of it."""
+    broken = [one for one in knowledge.refused if _is_broken(one)]
+    spoilt = any(patches.reason_of(one.proposal.variant.patch) for one in broken)
+    return spoilt or len(broken) > CORRECTIONS
+
+
+def _change(answer: Idea | CodeIdea | None) -> str:
+    """The edits of an answer that could not be used, to be shown to their author."""
+    edits = answer.edits if isinstance(answer, CodeIdea) else []
+    return "\n".join(
+        f"file: {one.file}\n--- search\n{one.search}\n--- replace\n{one.replace}" for one in edits
+    )
+
+
+def _failed_change(knowledge: Knowledge, background: Background) -> str:
+    """The latest code change of this duty that was tried and did not work."""
+    if not knowledge.refused or not _is_broken(knowledge.refused[-1]):
+        return ""
+    variant = knowledge.refused[-1].proposal.variant
+    return "\n".join(_diff(background.sources, knowledge.champion, variant))
+
+
 def _edits(answer: CodeIdea) -> list[Edit]:
     return [Edit(one.file.strip(), one.search, one.replace) for one in answer.edits]
 
@@ -445,8 +483,11 @@ def _diff(sources: Mapping[str, str], champion: Variant, variant: Variant) -> li
 
     if not sources or variant.code == champion.code:
         return []
-    old = patches.effective(sources, champion.patch)
-    new = patches.effective(sources, variant.patch)
+    try:
+        old = patches.effective(sources, champion.patch)
+        new = patches.effective(sources, variant.patch)
+    except BadPatch:  # of another version of the task
+        return []
     found: list[str] = []
     for name in sorted(new):
         before, after = old.get(name, "").splitlines(), new[name].splitlines()

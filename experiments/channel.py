@@ -18,6 +18,7 @@ import contextlib
 import math
 import os
 import select
+import socket
 import struct
 import sys
 import time
@@ -59,6 +60,7 @@ class ArrayChannel:
         deadline: float = math.inf,
         most_bytes: int = MAX_BYTES,
         peer: str = "the model",
+        after: ArrayChannel | None = None,
     ) -> None:
         """Take over two descriptors; they may be one and the same, of a socket.
 
@@ -68,9 +70,11 @@ class ArrayChannel:
             deadline: By `time.monotonic`, for everything that this end ever does.
             most_bytes: Largest array that is received.
             peer: Who is on the other side, for messages.
+            after: Another line, which is hung up as soon as this one is used.
         """
         self._reading, self._writing = reading, writing
         self._deadline, self._most_bytes, self._peer = deadline, most_bytes, peer
+        self._after = after
         for handle in {reading, writing}:
             os.set_blocking(handle, False)
             _widen(handle)
@@ -95,6 +99,24 @@ class ArrayChannel:
                 os.close(handle)
         self._reading = self._writing = -1
 
+    def hang_up(self) -> None:
+        """Leave, also where other processes hold copies of the descriptors, if they are sockets."""
+        for handle in {self._reading, self._writing} - {-1}:
+            copy = os.dup(handle)
+            try:
+                with socket.socket(fileno=copy) as line:
+                    line.shutdown(socket.SHUT_RDWR)
+            except OSError:  # a pipe, or the other side has left
+                with contextlib.suppress(OSError):
+                    os.close(copy)
+        self.close()
+
+    def _begin(self) -> None:
+        """Hang up the line that must be over by now."""
+        if self._after is not None:
+            self._after.hang_up()
+            self._after = None
+
     def send(self, array: np.ndarray) -> None:
         """Send one array; returns when all of it has left this process.
 
@@ -102,6 +124,7 @@ class ArrayChannel:
             Refused: The other side has left or does not take it in time, or the array is of a kind
                 that cannot be sent.
         """
+        self._begin()
         kind = array.dtype.newbyteorder("<")
         if kind not in TYPES or array.ndim > MAX_DIMENSIONS:
             raise Refused(f"an array {array.dtype} of {array.ndim} dimensions cannot be sent")
@@ -119,6 +142,7 @@ class ArrayChannel:
             Refused: What came is no array, is larger than the bound, ends in the middle, or is
                 late.
         """
+        self._begin()
         header = bytearray(HEADER.size)
         if not self._read(memoryview(header), may_end=True):
             return None

@@ -30,6 +30,8 @@ REPORT_BYTES = 256 << 10
 """Longest report."""
 SLACK, SPARE_S = 1.5, 1.0
 """Of the time that the recipe takes with our own code: how much more a run may take."""
+ANSWER_SLACK, ANSWER_SPARE_S = 4.0, 0.5
+"""Of the time in which our own code answers: how much more a model may take, and to start."""
 COMPILE_SLACK, START_S = 3.0, 5.0
 """The same for what no budget pays for: compiling, and starting an accelerator."""
 ERROR_CHARS = 1_000
@@ -74,7 +76,7 @@ def parse(payload: bytes, **wanted: Callable[[object], object]) -> Message:
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
         return _checked(values, wanted)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:  # a count that no float can hold
         raise Refused(f"its report is not one: {one_line(str(error), 200)}") from error
 
 
@@ -211,8 +213,23 @@ def served(seen: Watched, limits: Limits) -> Message:
         return rejected(str(error))
 
 
+def answered(cpu_s: float, honest_s: float) -> str:
+    """Why a model that took so many processor seconds to answer is refused; empty if it is not.
+
+    What is computed there no budget pays for: a model could train on, or be far larger than it was
+    in training. Honest code that multiplies more is the reason for the wide allowance.
+    """
+    most = ANSWER_SLACK * honest_s + ANSWER_SPARE_S
+    if not honest_s or cpu_s <= most:
+        return ""
+    return (
+        f"Took {cpu_s:.3g} s of processor time to answer what the shipped code answers in "
+        f"{honest_s:.3g} s: at most {most:.3g} s are allowed."
+    )
+
+
 def tried(seen: Watched, limits: Limits) -> Message:
-    """What a trial showed: `problem`, which its author can act on, and `same`."""
+    """What a trial showed: `problem`, which its author can act on, `same`, and its `bits`."""
     if seen.opening is None:
         message = json.loads(seen.payload) if seen.payload else stopped(seen, limits)
         problem = message.get("problem", message.get("error", ""))
@@ -229,7 +246,7 @@ def tried(seen: Watched, limits: Limits) -> Message:
     if one == other and own[0] != own[1]:
         problem = "Two seeds give the same model: the initial parameters must come from the seed."
         return {"problem": problem, "same": False}
-    return {"problem": "", "same": own == [one, other]}
+    return {"problem": "", "same": own == [one, other], "bits": [one, other]}
 
 
 def _unfinished(seen: Watched, limits: Limits) -> str:

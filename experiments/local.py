@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,7 +27,7 @@ from society.errors import ExecutorError
 from society.experiments import foreign, patches
 from society.experiments.executor import TAIL_CHARS, cost_of
 from society.experiments.placement import place
-from society.experiments.processes import HEADER, Message, pack
+from society.experiments.processes import HEADER, Message, pack, remove
 from society.experiments.sandbox import Level
 from society.experiments.task import TrainReport
 from society.experiments.worker import DISK_BYTES, ROLES, Order, Post
@@ -280,7 +279,7 @@ class LocalExecutor:
                     found = await self._ask(slot, Post.TRAINER, _request("try code", work, folder))
                 except _DiedTwice:
                     return Trial("The process that tried it was killed twice.")
-                return Trial(found["problem"], found["same"])
+                return Trial(found["problem"], found["same"], tuple(found.get("bits", ())))
 
     async def close(self) -> None:
         """Let the accepted work finish, then stop the workers."""
@@ -305,7 +304,7 @@ class LocalExecutor:
                 self._zygote.kill()
                 self._zygote.wait()
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            remove(self._scratch)
 
     @contextlib.contextmanager
     def _occupied(self) -> Iterator[_Slot]:
@@ -368,34 +367,65 @@ class LocalExecutor:
             for post in posts:
                 if post not in slot.loops:
                     slot.loops[post] = await self._fork(post, slot.device)
-            with _lines(2) as (ours, theirs):
-                handles = (ours, theirs[:1], theirs[1:])
-                asked = [
-                    asyncio.ensure_future(self._ask_once(slot, post, request, given))
-                    for post, request, given in zip(posts, requests, handles, strict=True)
-                ]
-                await asyncio.sleep(0)  # each sends what it was given
             try:
-                judged, *models = await asyncio.gather(*asked)
+                judged, *models = await self._questioned(
+                    slot, dict(zip(posts, requests, strict=True))
+                )
             except _Gone:
-                await _settled(asked)
                 for post in posts:  # they were in the middle of a conversation
                     if post in slot.loops:
                         self._drop(slot.loops.pop(post))
                 continue
-            except asyncio.CancelledError:
-                await _settled(asked)
-                raise
-            judged["message"] = _verdict(judged["message"], [one["message"] for one in models])
+            judged["message"] = _verdict(judged["message"], models)
             return (*models, judged)
         raise self._died_twice(Post.SCORER)
+
+    async def _questioned(self, slot: _Slot, requests: Mapping[Post, Message]) -> list[Message]:
+        """What the scorer says, and the process or processes that it questioned.
+
+        The second one is started when the first one is gone: while both are alive they could speak
+        to each other, by lengths of files, locks, or the load of the machine.
+        """
+        with contextlib.ExitStack() as open_ends:
+            ends = [open_ends.enter_context(end) for _ in range(2) for end in socket.socketpair()]
+            ours, theirs = ends[::2], ends[1::2]
+            asked = [
+                self._begin(slot, Post.SCORER, requests, ours),
+                self._begin(slot, Post.MODEL, requests, theirs[:1]),
+            ]
+            try:
+                await asyncio.sleep(0)  # each sends what it was given
+                for end in (*ours, theirs[0]):
+                    end.close()
+                await asked[1]
+                if not asked[0].done():
+                    asked.append(self._begin(slot, Post.PROBE, requests, theirs[1:]))
+                    await asyncio.sleep(0)
+                theirs[1].close()
+                return await asyncio.gather(*asked)
+            except (_Gone, asyncio.CancelledError):
+                await _settled(asked)
+                raise
+
+    def _begin(
+        self,
+        slot: _Slot,
+        post: Post,
+        requests: Mapping[Post, Message],
+        ends: Sequence[socket.socket],
+    ) -> asyncio.Task[Message]:
+        handles = [end.fileno() for end in ends]
+        return asyncio.create_task(self._ask_once(slot, post, requests[post], handles))
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[Path]:
         """A folder for one run; `worker.py` says what is in it."""
-        with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as name:
-            (Path(name) / "model").mkdir()
-            yield Path(name)
+        folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        try:
+            (folder / "model").mkdir()
+            yield folder
+        finally:
+            remove(folder)
 
     async def _ask(self, slot: _Slot, post: Post, request: Message) -> Message:
         """Have a loop do its part of the work; restart it once if it dies."""
@@ -555,17 +585,6 @@ def _request(
     return values | {"work": _plain(work)}
 
 
-@contextlib.contextmanager
-def _lines(count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Descriptors of both ends of some lines; closed here once they were handed on."""
-    pairs = [socket.socketpair() for _ in range(count)]
-    try:
-        yield [one.fileno() for one, _ in pairs], [other.fileno() for _, other in pairs]
-    finally:
-        for end in (end for pair in pairs for end in pair):
-            end.close()
-
-
 async def _settled(asked: Sequence[asyncio.Future[Message]]) -> None:
     """Give up what is still being waited for."""
     for one in asked:
@@ -575,7 +594,12 @@ async def _settled(asked: Sequence[asyncio.Future[Message]]) -> None:
 
 def _verdict(judged: Message, models: Sequence[Message]) -> Message:
     """The outcome of a judged run: when a model's process failed, that is why."""
-    failed = [model for model in models if model["outcome"] != Outcome.COMPLETED]
+    if judged["outcome"] == Outcome.COMPLETED:
+        slowest_s = max((model["cpu_s"] for model in models), default=0.0)
+        problem = foreign.answered(slowest_s, judged["answering_s"])
+        return foreign.rejected(problem) if problem else judged
+    messages = [model["message"] for model in models]
+    failed = [message for message in messages if message["outcome"] != Outcome.COMPLETED]
     if not failed or judged["outcome"] not in (Outcome.REJECTED, Outcome.CRASHED):
         return judged
     why = f"The process that held the model failed: {failed[0]['error']}"

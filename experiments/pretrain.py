@@ -7,6 +7,7 @@ The work itself is `society.model`; this is how the society runs it. torch is im
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -274,7 +275,8 @@ class Pretrain:
         """Time and count a few steps of the shipped code on random tokens.
 
         About 4 % of a default run. No processor time is named (0) on an accelerator, whose own work
-        it does not show; there, and for a budget in seconds, the harness's clock bounds the run.
+        it does not show: there the harness's clock bounds the run, as it does for every budget in
+        seconds.
         """
         from society.model.yardstick import Bench
 
@@ -282,14 +284,38 @@ class Pretrain:
         self._plain_flops = bench.flops()
         planned = planned_steps(recipe, budget)
         steps = planned or max(1, int(budget.amount * MOST_STEPS_PER_S))
-        timed = device == "cpu" and planned is not None
+        cpu_s = 0.0
+        if device == "cpu":
+            cpu_s = steps * bench.cpu_s(min(steps, TIMED_STEPS)) if planned else budget.amount
         return Yardstick(
-            cpu_s=steps * bench.cpu_s(min(steps, TIMED_STEPS)) if timed else 0.0,
+            cpu_s=cpu_s,
             steps=steps,
             tokens=steps * recipe.batch_tokens,
             flops=float(steps * flops_per_step(recipe)) if planned else 0.0,
             compile_s=0.0 if device == "cpu" or self.options.compiler == "off" else COMPILE_S,
         )
+
+    def answering_s(self, recipe: Recipe, split: Split, device: str) -> float:
+        """Processor seconds in which the shipped code answers all of `judge`'s questions.
+
+        Of a few batches, with parameters as they are before training. 0 on an accelerator, as in
+        `measure`.
+        """
+        from society.model import evaluate, guard
+        from society.model.init import initial_weights
+
+        if device != "cpu":
+            return 0.0
+        scoring = evaluate.Scoring(self.options.eval_tokens, self.options.eval_seq_len)
+        rows = evaluate.scored_rows(recipe, self._eval[recipe.vocab, split], scoring).blocks
+        answer, _ = evaluate.model_of(recipe, initial_weights(recipe, 0), device)
+        block = rows[: evaluate.BATCH_TOKENS[device] // recipe.seq_len or 1, :-1].astype("int64")
+        answer(block)
+        started = time.process_time()
+        for _ in range(TIMED_STEPS):
+            answer(block)
+        each = (time.process_time() - started) / (TIMED_STEPS * len(block))
+        return max(len(rows), guard.PROBES) * each
 
     def _step_flops(self, recipe: Recipe, device: str) -> float | None:
         """FLOPs that a step of changed code is charged with; None for the recipe's own.

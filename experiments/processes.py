@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
+import stat
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,6 +49,9 @@ GRACE_S = 1.0
 """How long a process that closed its pipe may take to be gone, or one that nobody listens to."""
 KILLED_S = 0.25
 """How long a process may take to bury the ones that were killed under it."""
+ENTRY_BYTES = 4_096
+DEEPEST = 2_000
+"""Characters of the path of a folder that is looked into."""
 TICK_S = 0.25
 """How often a run is looked at while it works."""
 TICK_SHARE = 0.02
@@ -234,8 +241,11 @@ class _Observer:
                 if not chunk:
                     break
                 self._data += chunk
-        if self._watch.stranger:  # what is killed before its parent waits for it is not in rusage
-            self._meter.look()
+        if self._watch.stranger or self._watch.line is not None:
+            self._meter.look()  # what is killed before its parent waits for it is not in rusage
+        if self._watch.stranger and not self.seen.stop:
+            self._look()  # what it did since the last time
+            self.seen.payload = b"" if self.seen.stop else self.seen.payload
         self.seen.ended_at = time.monotonic()
         self.seen.cpu_s = self._meter.total_s
         return self.seen
@@ -286,43 +296,108 @@ class _Observer:
             self._meter.look()
             if self._meter.total_s > self._most_cpu_s:
                 self.seen.stop = "cpu"
-        if watch.folder is not None and size_of(watch.folder, watch.disk_bytes) > watch.disk_bytes:
+        if watch.folder is not None and self._disk_bytes(watch.folder) > watch.disk_bytes:
             self.seen.stop = "disk"
+
+    def _disk_bytes(self, folder: Path) -> int:
+        hidden = self._meter.disk_bytes if self._watch.stranger else 0
+        return max(hidden, size_of(folder, self._watch.disk_bytes))
 
 
 class _Meter:
-    """Adds up the processor time of a process and of all that it started, while they live."""
+    """Adds up what a process and all that it started have used, while they live."""
 
     def __init__(self, root: int) -> None:
         self._root = root
         self._seen: dict[tuple[int, float], float] = {}
+        self._written: dict[tuple[int, float], int] = {}
+        self._hidden = 0
 
     def look(self) -> None:
-        """Read the clocks of those that are there now."""
+        """Read the clocks of those that are there now, and what they wrote."""
+        self._hidden = 0
         for pid in (self._root, *_descendants(self._root)):
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
-                times = process.cpu_times()
-                self._seen[pid, process.create_time()] = times.user + times.system
+                times, which = process.cpu_times(), (pid, process.create_time())
+                self._seen[which] = times.user + times.system
+                if sys.platform == "linux":
+                    self._written[which] = process.io_counters().write_bytes
+            self._hidden += _nameless(pid)
 
     @property
     def total_s(self) -> float:
         """Seconds, of processes that are gone by now too."""
         return sum(self._seen.values())
 
+    @property
+    def disk_bytes(self) -> int:
+        """What was written to disks, in files without a name too, or what such files hold now."""
+        return max(sum(self._written.values()), self._hidden)
+
+
+def _nameless(pid: int) -> int:
+    """Bytes of open files that were deleted, which no look into a folder finds."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as handles:
+        for handle in handles:
+            with contextlib.suppress(OSError):
+                found = os.stat(handle.path)
+                if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                    total += found.st_blocks * 512
+    return total
+
 
 def size_of(folder: Path, enough: int) -> int:
-    """Bytes below a folder as far as they take room; stops counting above `enough`."""
+    """Bytes below a folder as far as they take room; stops counting above `enough`.
+
+    Every entry counts for a block at least: millions of empty ones fill a disk too. What lies so
+    deep that no path leads to it counts as too much.
+    """
     total, folders = 0, [str(folder)]
     while folders and total <= enough:
+        if len(folders[-1]) > DEEPEST:
+            return enough + 1
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     found = entry.stat(follow_symlinks=False)
-                    total += max(found.st_blocks * 512, 512)
+                    total += max(found.st_blocks * 512, ENTRY_BYTES)
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
     return total
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with all that a run left in it, however deep.
+
+    `shutil.rmtree` calls itself for every folder in a folder, and so has an end. What it leaves is
+    made flat: folders in folders are moved beside each other.
+    """
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder.parent) as flat:
+        rest = [os.path.join(flat, "0")]
+        folder.rename(rest[0])
+        for number in itertools.count(1):
+            if not rest:
+                break
+            _empty(place := rest.pop(), os.path.join(flat, f"{number}-"), rest)
+            os.rmdir(place)
+
+
+def _empty(place: str, prefix: str, rest: list[str]) -> None:
+    """Delete the files of a folder and move its folders to `prefix`; they are added to `rest`."""
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            os.rename(entry.path, found := f"{prefix}{len(rest)}")
+            rest.append(found)
 
 
 def _become_run(job: Job, parent: int, pipe: int, mem_bytes: int, log: Path | None) -> NoReturn:

@@ -68,6 +68,12 @@ CALLS: dict[str, tuple[int | None, int | None]] = {
     "utimes": (235, None), "utimensat": (280, 88), "futimesat": (261, None),
     # what it looks at only from kernel 6.2 on
     "truncate": (76, 45), "open": (2, None), "openat": (257, 56), "openat2": (437, 437),
+    # what two processes that may only read a file can tell each other by
+    "flock": (73, 32), "futex": (202, 98), "futex_waitv": (449, 449), "futex_wake": (454, 454),
+    "futex_wait": (455, 455), "futex_requeue": (456, 456), "mincore": (27, 232),
+    "fadvise64": (221, 223), "cachestat": (451, 451), "preadv2": (327, 286),
+    "madvise": (28, 233), "statfs": (137, 43), "fstatfs": (138, 44), "ustat": (136, None),
+    "fallocate": (285, 47),
 }  # fmt: skip
 NEWEST = 462
 """Highest call number that this list was made with (Linux 6.10)."""
@@ -102,13 +108,27 @@ SYSTEM = (
     "inotify_init1", "mknod", "mknodat",
 )  # fmt: skip
 
+MARKS = (
+    "flock",
+    "mincore",
+    "fadvise64",
+    "cachestat",
+    "preadv2",
+    "statfs",
+    "fstatfs",
+    "ustat",
+    "fallocate",
+)
+"""Locks, what is in the system's memory of a file, how full the disk is, room in it unwritten."""
+FUTEXES = ("futex_waitv", "futex_wake", "futex_wait", "futex_requeue")
+
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 SET_MODE_FILTER = 1
 SPEC_ALLOW = 1 << 2
 """Without it, kernels before 5.16 slow the whole process down."""
 
-LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, JUMP, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x05, 0x06
 NR, ARCH, ARGUMENTS = 0, 4, 16
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
@@ -116,13 +136,22 @@ CLONE_THREAD = 0x10000
 CLONE_NEW = 0x7E020000
 """Every flag of clone(2) that makes a namespace."""
 AF_UNIX, TYPES, STREAM, SEQPACKET = 1, 0xF, 1, 5
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 QUERY = 0xFFFFFFFF
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C
 """Typing into a terminal."""
 F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY = 8, 10, 15, 1026
 FIOSETOWN, SIOCSPGRP = 0x8901, 0x8902
 """Having the kernel send somebody a signal when a file is ready."""
+OF_DESCRIPTORS = (0, 1, 2, 3, 4, 1030, 1031, 1032, 1034)
+"""Commands of fcntl(2) about a descriptor, not about the file: no locks, leases and hints."""
+TERMINALS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""Asking whether a file is a terminal and how large, what waits to be read, and closing on exec."""
+FILE_SYSTEMS = (0x6600, 0x5800, 0x9400)
+"""Families of ioctl(2) that change a file, its flags and attributes, or its file system."""
+FAMILY = 0xFF00
+FUTEX_PRIVATE = 128
+MADV_COLD, MADV_PAGEOUT = 20, 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +224,38 @@ def _answers(rules: Rules) -> dict[str, list[bytes]]:
     answers["io_uring_setup"] = answers["clone3"] = _refuse(errno.ENOSYS)  # there are other ways
     answers["clone"] = _clone(rules.forks)
     answers["socketpair"] = _socketpair()
-    answers["prctl"] = _but_not(0, PR_SET_PDEATHSIG)
+    answers["prctl"] = _but_not(0, PR_SET_PDEATHSIG, PR_SET_DUMPABLE)
     answers["personality"] = _only(0, QUERY)
     answers["ioctl"] = _but_not(1, TIOCSTI, TIOCLINUX)
     if not rules.truncates:
         answers |= {"truncate": _refuse(), "openat2": _refuse(errno.ENOSYS)}
         answers |= {"open": _opening(1), "openat": _opening(2)}
-    return answers if rules.alone else answers | _among_others(rules)
+    if not rules.alone:
+        answers |= _among_others(rules)
+    answers["ioctl"] = [*_argument(1), *_family(), *answers["ioctl"]]
+    return answers if rules.forks else answers | _silent()
+
+
+def _silent() -> dict[str, list[bytes]]:
+    """What a single process has no need of, and could tell another one something by.
+
+    Landlock does not look at it: a file that may only be read can be locked, marked or thrown out
+    of memory, and waited on, if two have it mapped.
+    """
+    answers = {call: _refuse() for call in MARKS}
+    answers |= {call: _refuse(errno.ENOSYS) for call in FUTEXES}
+    answers["fcntl"] = _only(1, *OF_DESCRIPTORS)
+    answers["ioctl"] = _only(1, *TERMINALS)
+    answers["madvise"] = _but_not(2, MADV_COLD, MADV_PAGEOUT)
+    again = _refuse(errno.EAGAIN)  # who waits for a thread's end asks again
+    private = [*_argument(1), *_op(ANY_BIT, FUTEX_PRIVATE, 0, 1), *_op(RETURN, ALLOW)]
+    return answers | {"futex": [*private, *again]}
+
+
+def _family() -> list[bytes]:
+    """Refuse the requests of file systems, as if this one had none."""
+    none = _refuse(errno.ENOTTY)
+    return [*_op(AND, FAMILY), *_jumps(FILE_SYSTEMS), *_op(JUMP, 1), *none]
 
 
 def _among_others(rules: Rules) -> dict[str, list[bytes]]:

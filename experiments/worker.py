@@ -29,7 +29,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -66,6 +65,7 @@ from society.experiments.processes import (
     leave,
     pack,
     plain,
+    remove,
     stopped,
     sweep,
     watch_run,
@@ -146,7 +146,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(SystemExit):  # asked to leave: by a signal, or by a closed link
         _be_zygote(order)
-    shutil.rmtree(order.scratch, ignore_errors=True)  # kept after an error: it holds the log
+    remove(Path(order.scratch))  # kept after an error: it holds the log
 
 
 def _be_zygote(order: Order) -> None:
@@ -434,13 +434,16 @@ class _Loop:
             recipe = recipe_of(task, work, code=True)
             deadline = time.monotonic() + task.limits.timeout_s
             foreign.check_sealed(sealed, request["sealed"])
-            first, second = (ArrayChannel(line, line, deadline=deadline) for line in handles)
+            line, other = handles
+            first = ArrayChannel(line, line, deadline=deadline)
+            second = ArrayChannel(other, other, deadline=deadline, after=first)
             with first, second:
                 score = task.judge(  # type: ignore[attr-defined]
                     sealed, recipe, work.split, order.device, (first, second)
                 )
             foreign.check_sealed(sealed, request["sealed"])
-            return {"score": check_score(score)}
+            honest_s = answering_s(task, recipe, work, order.device)
+            return {"score": check_score(score), "answering_s": honest_s}
 
         return asdict(
             fork_run(job, task.limits, self._link, cap=self._on_cpu, log=folder / "scorer.log")
@@ -516,6 +519,12 @@ def lay_out(task: Task, variant: Variant, folder: Path, *, lint: bool) -> None:
         raise Refused(str(error)) from error
     folder.mkdir()
     foreign.write_code(files, sources, folder)
+
+
+def answering_s(task: Task, recipe: object, work: Work, device: str) -> float:
+    """Processor seconds in which the task's own code answers all that is asked; 0 for unknown."""
+    measured = getattr(task, "answering_s", None)
+    return 0.0 if measured is None else float(measured(recipe, work.split, device))
 
 
 def sample(task: Task, recipe: object, scratch: Path, device: str) -> list[str]:

@@ -51,6 +51,7 @@ is starting two more processes on the device, some seconds: 1 to 2 %.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -379,7 +380,7 @@ class _Differences:
                 f"them and the rest of the batch were replaced (by up to "
                 f"{max(self._largest):.3g} nats)."
             )
-        if gain > tolerance.gain:
+        if not gain <= tolerance.gain:
             return (
                 f"Not a language model: its answers are better by {gain:.3g} nats per token when "
                 "it sees what follows."
@@ -396,6 +397,10 @@ def _log_probabilities(recipe: Recipe, head: Tensor, x: Tensor) -> Tensor:
 
 
 def _distances(recipe: Recipe, head: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Largest difference of any log-probability: two (n, width) -> (n,)."""
+    """Largest difference of any log-probability: two (n, width) -> (n,).
+
+    Infinite where one of them is none: NaN, which an answer and a head can make that are finite by
+    themselves, is never larger than what is allowed.
+    """
     both = (_log_probabilities(recipe, head, x) for x in (one, other))
-    return torch.sub(*both).abs().amax(-1)
+    return torch.sub(*both).abs().amax(-1).nan_to_num(nan=math.inf)

@@ -6,12 +6,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from society.errors import LeaseError
-from society.experiments import gate, patches
+from society.experiments import gate
 from society.experiments.effects import knob_effects
-from society.experiments.task import CodeTask
 from society.records import HypothesisDropped, NewClaim, NewInsight, RefusalReason
 from society.roles.base import Duty, Lab, Outcome, Role
-from society.roles.novelty import choose, judge
+from society.roles.novelty import choose, fewer_lines, judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,22 +129,17 @@ def simplified(run: Run, view: View) -> tuple[NewInsight, ...]:
 
     As well: the very same score, or one that is no further off than the noise floor.
     """
-    task, champion, level = view.task, view.champion.variant, view.champion_screening
-    if run.score is None or level is None or not isinstance(task, CodeTask):
+    level = view.champion_screening
+    if run.score is None or level is None:
         return ()
     away = abs(run.score - level)
     if away > (view.noise.sd if view.noise else 0.0):
         return ()
-    try:
-        sources = task.sources()
-        before = patches.lines(patches.effective(sources, champion.patch))
-        after = patches.lines(patches.effective(sources, run.variant.patch))
-    except patches.BadPatch:
-        return ()
-    if after >= before:
+    fewer = fewer_lines(view.task, view.champion.variant, run.variant)
+    if fewer <= 0:
         return ()
     how = "The very same score" if away == 0 else "The same score within the noise floor"
-    lines = f"{before - after} fewer line{'s' if before - after > 1 else ''} of code"
+    lines = f"{fewer} fewer line{'s' if fewer > 1 else ''} of code"
     text = f"{how} with {lines}: {run.variant.describe()} in {run.id}, on one seed."
     return (NewInsight(text, (run.id,)),)
 

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from society.experiments import patches
 from society.experiments.neighbourhood import Changes, Neighbourhood
 from society.memory.sameness import said_before
 from society.records import NewHypothesis, NewRefusal, RefusalReason
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from society.experiments.space import Space
+    from society.experiments.task import Task
     from society.records import Champion, Entry, Hypothesis, Run, Trial, Variant
     from society.roles.base import Knowledge, Lab, Review
 
-IDEA_CHARS = 600
-"""Longest idea recorded with a run."""
+IDEA_CHARS, OWN_CHARS = 1_000, 500
+"""Longest idea recorded with a run, and what its author's words may take of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +271,8 @@ async def choose(lab: Lab) -> Choice:
     """Ask the agent's brain until it proposes something new that runs and is worth a run.
 
     After the last attempt what was advised against, a dead end, or else a near-duplicate, is better
-    than nothing. A brain that takes its time is asked without the floor, so the notebook is read
-    again after each of its answers.
+    than nothing, if its code works and nobody has run it meanwhile. A brain that takes its time is
+    asked without the floor, so the notebook is read again after each of its answers.
     """
     started = lab.knowledge().entropy
     refused: list[Refused] = []
@@ -283,14 +285,15 @@ async def choose(lab: Lab) -> Choice:
         ideas += proposal.hypotheses
         found = await examiner.examine(proposal)
         if isinstance(found, Proposal):
-            return Choice(found, _entries(refused), tuple(ideas))
+            return Choice(found, _entries(refused), _distinct(ideas))
         refused.append(found)
-    spare = _spare(refused)
-    if spare is None:
-        return Choice(None, _entries(refused), tuple(ideas))
-    others = [one for one in refused if one.proposal.variant != spare.proposal.variant]
-    note = f"{spare.note} Run because nothing newer was proposed."
-    return Choice(_in_spite(spare.proposal, note), _entries(others), tuple(ideas))
+    for spare in _spare(refused):
+        if not await examiner.usable(spare.proposal):
+            continue
+        others = [one for one in refused if one.proposal.variant != spare.proposal.variant]
+        note = f"{spare.note} Run because nothing newer was proposed."
+        return Choice(_in_spite(spare.proposal, note), _entries(others), _distinct(ideas))
+    return Choice(None, _entries(refused), _distinct(ideas))
 
 
 class _Examiner:
@@ -321,10 +324,15 @@ class _Examiner:
                 reason = RefusalReason.ADVISED_AGAINST
                 return Refused(proposal, reason, None, f"{review.advice}: {review}", recorded)
             self._advised = True
-        again = self._judge(proposal)  # others may have run it while this one was looked at
-        if isinstance(again, Proposal) and review is not None:
-            return replace(again, idea=f"{again.idea} Review: {review}"[:IDEA_CHARS])
-        return again
+            proposal = replace(proposal, idea=f"{proposal.idea[:OWN_CHARS]} Review: {review}")
+        return self._judge(proposal)  # others may have run it while this one was looked at
+
+    async def usable(self, proposal: Proposal) -> bool:
+        """Whether a proposal that was refused could be run all the same."""
+        if await self._problem(proposal):
+            return False
+        found = judge(proposal.variant, self._lab.knowledge(), self._lab.archive())
+        return found.reason is not RefusalReason.DUPLICATE
 
     def _judge(self, proposal: Proposal) -> Proposal | Refused:
         found = judge(proposal.variant, self._lab.knowledge(), self._lab.archive())
@@ -337,15 +345,34 @@ class _Examiner:
     async def _problem(self, proposal: Proposal) -> str:
         """Why its code must not be run; empty for code that is the champion's, or none."""
         variant = proposal.variant
-        if variant.patch is None or variant.code == self._lab.view.champion.variant.code:
+        if variant.patch is None:
             return ""
+        champion = self._lab.view.champion.variant
+        if variant.code == champion.code:
+            return ""
+        tried = await self._trial(variant)
+        if tried.problem:
+            return tried.problem
+        if not tried.same and not await self._same_as_now(variant, champion, tried):
+            return ""
+        if not proposal.simplification:
+            return "The code change changes nothing under this recipe: the bits are the same."
+        if fewer_lines(self._lab.view.task, champion, variant) <= 0:
+            return "The code change gives the same bits as before, and with no less code."
+        return ""
+
+    async def _same_as_now(self, variant: Variant, champion: Variant, tried: Trial) -> bool:
+        """Whether the champion's code, which is not the task's own, gives the same bits."""
+        if champion.patch is None or not tried.bits:
+            return False
+        now = await self._trial(replace(variant, patch=champion.patch))
+        return now.bits == tried.bits
+
+    async def _trial(self, variant: Variant) -> Trial:
         mark = variant.fingerprint
         if mark not in self._trials:
             self._trials[mark] = await self._lab.trial(variant)
-        tried = self._trials[mark]
-        if tried.same and not tried.problem and not proposal.simplification:
-            return "The code change changes nothing under this recipe: the bits are the same."
-        return tried.problem
+        return self._trials[mark]
 
     async def _review(self, proposal: Proposal) -> Review | None:
         """What another temperament thinks; nothing is asked about what `search` proposed."""
@@ -355,16 +382,36 @@ class _Examiner:
         return await self._lab.aside(brain.review(proposal, self._lab.knowledge()))
 
 
-def _spare(refused: Sequence[Refused]) -> Refused | None:
-    for reason in (
+def fewer_lines(task: Task, champion: Variant, variant: Variant) -> int:
+    """By how many lines of code a variant is shorter than the champion; negative if it is longer.
+
+    Zero for a task without code to change, and for patches that do not apply to what is installed.
+    """
+    sources = getattr(task, "sources", None)
+    if sources is None:
+        return 0
+    try:
+        before, after = (
+            patches.lines(patches.effective(sources(), one.patch)) for one in (champion, variant)
+        )
+    except patches.BadPatch:
+        return 0
+    return before - after
+
+
+def _spare(refused: Sequence[Refused]) -> list[Refused]:
+    """What is better than nothing, the best first."""
+    order = (
         RefusalReason.ADVISED_AGAINST,
         RefusalReason.DEAD_END,
         RefusalReason.NEAR_DUPLICATE,
-    ):
-        for one in refused:
-            if one.reason is reason:
-                return one
-    return None
+    )
+    return [one for reason in order for one in refused if one.reason is reason]
+
+
+def _distinct(ideas: Iterable[NewHypothesis]) -> tuple[NewHypothesis, ...]:
+    """One for each variant: who is asked again says again what it leaves to others."""
+    return tuple({one.variant.fingerprint: one for one in reversed([*ideas])}.values())[::-1]
 
 
 def _in_spite(proposal: Proposal, note: str) -> Proposal:

@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -183,8 +183,19 @@ async def _work(
             log.info("society works", agents=len(casts), slots=executor.slots, tier=scope.tier)
             await _live(laboratory, casts, folder.checkpoints, display)
             if not laboratory.draining:
-                await tell_story(laboratory)
+                await _tell(laboratory)
     return scope
+
+
+async def _tell(laboratory: Laboratory) -> None:
+    """Have the story told; a signal gives it up, and the report comes without it."""
+    telling = asyncio.create_task(tell_story(laboratory))
+    with _caught(telling.cancel):
+        await asyncio.wait({telling})
+    if telling.cancelled():
+        logs.get("app").warning("no narrative", reason="interrupted")
+    else:
+        telling.result()
 
 
 @contextlib.asynccontextmanager
@@ -240,7 +251,6 @@ async def _pulse(laboratory: Laboratory, display: Display) -> None:
 @contextlib.contextmanager
 def _signals(laboratory: Laboratory, main: asyncio.Task[None] | None) -> Iterator[None]:
     """First signal: drain. Second: stop at once."""
-    loop = asyncio.get_running_loop()
 
     def caught() -> None:
         if laboratory.draining:
@@ -250,8 +260,16 @@ def _signals(laboratory: Laboratory, main: asyncio.Task[None] | None) -> Iterato
         logs.get("app").warning("stopping: runs in progress are finished; again to stop at once")
         laboratory.drain()
 
+    with _caught(caught):
+        yield
+
+
+@contextlib.contextmanager
+def _caught(handler: Callable[[], object]) -> Iterator[None]:
+    """Have signals to stop call `handler` instead of ending the process."""
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, caught)
+        loop.add_signal_handler(number, handler)
     try:
         yield
     finally:

@@ -89,7 +89,8 @@ def audit(
         record = _last_society(ledger, folder)
         name, profile = str(record.settings["task"]), record.settings["profile"]
         task = load_task(name, str(profile))
-        executor = LocalExecutor(name, str(profile), slots, str(record.settings["device"]))
+        device, least = str(record.settings["device"]), provenance.least_level(record.settings)
+        executor = LocalExecutor(name, str(profile), slots, device, require=least)
         scope = asyncio.run(_runs(ledger, record, task, executor, seeds, progress))
         report = build_report(ledger, scope, task, Space.of(task), record.id)
         markdown, html = write_report(report, folder.report)

@@ -16,6 +16,7 @@ from society import logs
 from society.errors import UsageError
 from society.experiments import patches
 from society.experiments.provenance import Source, profile_digest, profile_text
+from society.experiments.sandbox import Level
 from society.records import PATCH_MARK
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ PROFILE_FILE = "profile.yaml"
 CODE_FOLDER = "code"
 PATCHED = "patched"
 """Name under which the files that a patch amounts to are packed."""
+
+
+def least_level(settings: Mapping[str, object]) -> Level:
+    """The least level at which a recorded society runs code that it changed."""
+    return Level(str(settings.get("sandbox", Level.FILTERS)))
 
 
 def keep(ledger: Ledger, task: Task, environment: Environment) -> None:

@@ -286,6 +286,8 @@ class Trial:
     """Why it must not be run, in words its author can act on; empty if it may be."""
     same: bool = False
     """Whether it gave the very bits that the recipe gives without the code change."""
+    bits: tuple[str, ...] = ()
+    """Names what came out; empty where nothing did. Equal for code that computes the same."""
 
 
 @dataclass(frozen=True, slots=True)

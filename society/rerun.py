@@ -20,7 +20,7 @@ from society.experiments.local import LocalExecutor
 from society.experiments.provenance import profile_digest
 from society.experiments.task import load_task
 from society.memory.ledger import Ledger
-from society.provenance import Recorded
+from society.provenance import Recorded, least_level
 from society.records import BudgetKind, Outcome, Work
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def rerun(folder: NotebookFolder, run_id: str, *, recorded_code: bool = False) -
         if note:
             profile = str(stack.enter_context(_as_file(recorded.profile or "")))
         code = stack.enter_context(_code_of(recorded, run)) if recorded_code else None
-        executor = LocalExecutor(task, profile, 1, device, code)
+        least = least_level(settings)
+        executor = LocalExecutor(task, profile, 1, device, code, require=least)
         measured, environment = asyncio.run(_again(run, executor))
     return Rerun(run, measured, environment, note, recorded_code)
 

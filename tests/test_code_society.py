@@ -94,7 +94,7 @@ def test_no_exploit_stops_a_society_or_is_believed(tmp_path):
     exploits = codefiles.folder("exploits")
     with ScriptedEndpoint(replay(exploits)) as server:
         ended = run(lab, server.url, *TASK, "--profile", str(profile), "--runs", "70")
-        prompts = json.dumps([asked.user for asked in server.requests])
+        prompts = json.dumps([asked.user for asked in server.asked])
     assert ended.returncode == 0, ended.stderr
     with Ledger.open(NotebookFolder(lab).require().ledger) as ledger:
         (scope,) = ledger.scopes()

@@ -303,7 +303,7 @@ FACTS = [
 @pytest.mark.parametrize(
     "text",
     ["It fell to 1.78.", "0.018 on eight seeds", "r00012", "85% of 40 runs", "a share of 0.85",
-     "-0.0178", "lr=0.08"],
+     "worse by 0.0178", "lr=0.08", "+.0178", "0.0121-0.0235", "better by +0.0166", "+/-8"],
 )  # fmt: skip
 def test_numbers_of_the_facts_are_supported(text):
     assert numbers_supported(text, FACTS) == []
@@ -312,7 +312,8 @@ def test_numbers_of_the_facts_are_supported(text):
 @pytest.mark.parametrize(
     ("text", "odd"),
     [("1.77", "1.77"), ("r00013", "r00013"), ("41 runs", "41"), ("86 %", "86 %"), ("0.017812",) * 2,
-     ("seven runs", "seven"), ("2 runs", "2")],
+     ("seven runs", "seven"), ("2 runs", "2"), ("by -0.0178", "-0.0178"), ("-1.78", "-1.78"),
+     ("[\u22120.0121]", "-0.0121"), (".41", ".41")],
 )  # fmt: skip
 def test_other_numbers_are_not(text, odd):
     assert numbers_supported(text, FACTS) == [odd]
