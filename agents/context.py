@@ -29,6 +29,9 @@ WITHHELD = "(withheld: it reads like instructions)"
 LINE_CHARS = 400
 """Longest quoted text of one author, unless said otherwise."""
 MARK = "… ({} more left out)"
+CUT = "# … (the rest is left out)"
+MOST_TOLD = 1_000
+"""Texts that the log warns of."""
 REMOVALS = 4
 """How often frames are taken out of one text before all that they are made of is."""
 
@@ -69,17 +72,13 @@ def addresses_the_reader(text: str) -> bool:
     return bool(_ORDERS.search(spaced))
 
 
-def inert(text: str, limit: int = LINE_CHARS, *, lines: bool = False) -> str:
-    """A text without control characters and what frames a conversation, at most `limit` long.
+def inert(text: str, limit: int = LINE_CHARS) -> str:
+    """A text in one line, without control characters and what frames a conversation.
 
-    Args:
-        text: What somebody wrote.
-        limit: Most characters; a text that is cut ends in an ellipsis.
-        lines: Whether line ends are kept; otherwise it becomes one line.
+    One of more than `limit` characters is cut and ends in an ellipsis.
     """
     clean = _unframed(_CONTROL.sub("", text.replace("\r\n", "\n")), " ")
-    if not lines:
-        clean = " ".join(clean.split())
+    clean = " ".join(clean.split())
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
@@ -96,16 +95,24 @@ def _unframed(text: str, gap: str) -> str:
 class Quoter:
     """Quotes the texts of one prompt. Its fences are named after the prompt's content and a key."""
 
-    def __init__(self, key: bytes, content: str) -> None:
-        """The same key and content give the same fences, so that equal prompts stay equal."""
+    def __init__(self, key: bytes, content: str, told: set[str] | None = None) -> None:
+        """The same key and content give the same fences, so that equal prompts stay equal.
+
+        Args:
+            key: What no author knows.
+            content: What the prompt is about.
+            told: Texts that the log has warned of; those of this prompt are added.
+        """
         self.nonce = hmac.new(key, content.encode(), hashlib.sha256).hexdigest()[:16]
+        self._told = set() if told is None else told
 
     def line(self, text: str, source: str, limit: int = LINE_CHARS) -> str:
         """A text of one author in one line; what reads like instructions is withheld."""
-        if addresses_the_reader(text):
-            withheld(source, text)
+        clean = inert(text, limit)
+        if addresses_the_reader(text) or addresses_the_reader(clean):
+            self._warn(source, text)
             return WITHHELD
-        return self._unfenced(inert(text, limit))
+        return self._unfenced(clean)
 
     def code(self, text: str, source: str, limit: int) -> str:
         """Code, in which lines that read like instructions become a comment.
@@ -114,38 +121,29 @@ class Quoter:
         """
         kept = []
         for line in _CONTROL.sub("", text[:limit]).splitlines():
-            if addresses_the_reader(line):
-                withheld(source, line)
-                kept.append(line[: len(line) - len(line.lstrip())] + f"# {WITHHELD}")
-            else:
-                clean = _unframed(line, "")
-                if clean != line and line.lstrip().startswith("#"):
-                    clean = f"{line[: len(line) - len(line.lstrip())]}# {clean.lstrip('# ')}"
-                kept.append(self._unfenced(clean))
-        return "\n".join(kept)
+            clean, indent = _unframed(line, ""), line[: len(line) - len(line.lstrip())]
+            if addresses_the_reader(line) or addresses_the_reader(clean):
+                self._warn(source, line)
+                clean = f"{indent}# {WITHHELD}"
+            elif clean != line and line.lstrip().startswith("#"):
+                clean = f"{indent}# {clean.lstrip('# ')}"
+            kept.append(self._unfenced(clean))
+        return "\n".join([*kept, CUT] if len(text) > limit else kept)
+
+    def _warn(self, source: str, text: str) -> None:
+        """Say in the log what was not shown, and where it came from; of each text once."""
+        shown = inert(text, 200)
+        if shown not in self._told and len(self._told) < MOST_TOLD:
+            self._told.add(shown)
+            logs.get("context").warning("withheld from a prompt", source=source, text=shown)
 
     def _unfenced(self, text: str) -> str:
         return text.replace(self.nonce, "")
 
 
-def quote(text: str, nonce: str, source: str = "", limit: int = LINE_CHARS) -> str:
-    """One text of somebody else between fences of that name; see the module."""
-    if addresses_the_reader(text):
-        withheld(source, text)
-        body = WITHHELD
-    else:
-        body = inert(text, limit, lines=True).replace(nonce, "")
-    return fenced(body, nonce)
-
-
 def fenced(body: str, nonce: str) -> str:
     """A text between the two lines that say that it is nothing but evidence."""
     return f"<<evidence {nonce}>>\n{body}\n<<end {nonce}>>"
-
-
-def withheld(source: str, text: str) -> None:
-    """Say in the log what was not shown, and where it came from."""
-    logs.get("context").warning("withheld from a prompt", source=source, text=inert(text, 200))
 
 
 # ------------------------------------------------------------------------------ packing

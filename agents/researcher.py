@@ -158,6 +158,7 @@ class Researcher:
         self._endpoint, self._settings, self._key = endpoint, settings, key
         self._search = SearchBrain()
         self._said: Counter[str] = Counter()
+        self._withheld: set[str] = set()
         self._log = logs.get("researcher")
         self.trouble = ""
         """Why `search` makes proposals now; empty while the model does."""
@@ -228,7 +229,7 @@ class Researcher:
         failed: str,
     ) -> Question[Any]:
         marks = ["propose", knowledge.agent, str(knowledge.entropy), *complaints]
-        quoter = Quoter(self._key, "\n".join(marks))
+        quoter = self._quoter("\n".join(marks))
         briefing = Briefing(knowledge, background, quoter)
         return self._question(
             knowledge.agent,
@@ -300,7 +301,7 @@ class Researcher:
             return None
         reviewer = temperament_of(knowledge.agent, 1)
         mark = f"review\n{knowledge.agent}\n{knowledge.entropy}\n{proposal.variant.fingerprint}"
-        quoter = Quoter(self._key, mark)
+        quoter = self._quoter(mark)
         changes = _diff(background.sources, knowledge.champion, proposal.variant)
         sections = Briefing(knowledge, background, quoter).for_review(proposal, changes)
         question = self._question(knowledge.agent, "review", sections, ReviewForm, reviewer)
@@ -342,7 +343,7 @@ class Researcher:
         return "\n\n".join(filter(None, (inert(one, 900) for one in answer.paragraphs)))
 
     def _facts(self, mark: str, facts: Sequence[str]) -> Section:
-        quoter = Quoter(self._key, "\n".join((mark, *facts)))
+        quoter = self._quoter("\n".join((mark, *facts)))
         lines = tuple(quoter.line(fact, "a fact", 600) for fact in facts)
         return Section("Facts", lines, 0, least=min(5, len(lines)), nonce=quoter.nonce)
 
@@ -366,6 +367,9 @@ class Researcher:
         facts = pack(sections, max(0, room), tokens.count)
         user = render(f"{purpose}.md", facts=facts, **values).strip()
         return Question(agent, purpose, system, user, form)
+
+    def _quoter(self, content: str) -> Quoter:
+        return Quoter(self._key, content, self._withheld)
 
     # ---------------------------------------------------------------- trouble
 

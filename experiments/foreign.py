@@ -16,7 +16,7 @@ import re
 import stat
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from society.errors import SocietyError
@@ -279,8 +279,12 @@ def rejected(reason: str) -> Message:
 
 
 @contextlib.contextmanager
-def blamed(code: Path) -> Iterator[None]:
+def blamed(code: Path, rows: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Add the line of the stranger's file to the message of what is raised inside.
+
+    Args:
+        code: Folder with the files.
+        rows: File -> the author's line for each of its lines, where they are not the same.
 
     Raises:
         Blamed: Instead of an exception that would be recorded as a crash.
@@ -292,10 +296,10 @@ def blamed(code: Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise Blamed(blame(error, code)) from error
+        raise Blamed(blame(error, code, rows)) from error
 
 
-def blame(error: BaseException, code: Path) -> str:
+def blame(error: BaseException, code: Path, rows: Mapping[str, Sequence[int]] = {}) -> str:
     """Type, message and the line of the stranger's file in which it happened, in one line."""
     text = one_line(describe_error(error) if isinstance(error, Exception) else repr(error))
     if isinstance(error, SyntaxError):
@@ -307,7 +311,9 @@ def blame(error: BaseException, code: Path) -> str:
         found = next((p for p in reversed(places) if _inside(p[0], code)), (None, None))
     if not _inside(found[0], code):
         return text
-    return f"{text} ({Path(str(found[0])).relative_to(code)}, line {found[1]})"
+    name = str(Path(str(found[0])).relative_to(code))
+    row, known = found[1] or 0, rows.get(name, ())
+    return f"{text} ({name}, line {known[row] if row < len(known) else row})"
 
 
 def _inside(file: str | None, code: Path) -> bool:

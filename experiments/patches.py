@@ -47,6 +47,7 @@ __all__ = [
     "check",
     "digest",
     "effective",
+    "executed",
     "lines",
     "reason_of",
     "rules_of",
@@ -297,6 +298,50 @@ def digest(files: Mapping[str, str]) -> str:
             content = _bytes(part)
             whole.update(b"%d:" % len(content) + content)
     return whole.hexdigest()
+
+
+def executed(
+    files: Mapping[str, str], sources: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """The text that is run for these files, and for each line of it that of its author.
+
+    Code that is not the task's own is written anew from its normal form: what the digest does not
+    count, no run can depend on (docstrings, comments and line numbers can be read by a program).
+    Other files, and those whose code is the task's own, stay as they are, without an entry in the
+    second answer.
+
+    Raises:
+        BadPatch: Code that cannot be written so.
+    """
+    texts, rows = dict(files), {}
+    for name, text in files.items():
+        if not _is_python(name):
+            continue
+        wanted = _normalised(name, text)
+        if wanted == _normalised(name, sources[name]):
+            texts[name] = sources[name]
+            continue
+        tree = _bare(_parse(name, text))
+        try:
+            texts[name] = ast.unparse(tree) + "\n"
+        except (ValueError, RecursionError) as error:
+            raise BadPatch(f"{name}: {error}.") from error
+        if _normalised(name, texts[name]) != wanted:
+            raise BadPatch(f"{name}: the code cannot be written in a normal form; simplify it.")
+        rows[name] = _rows(tree, _parse(name, texts[name]))
+    return texts, rows
+
+
+def _rows(tree: ast.Module, other: ast.Module) -> list[int]:
+    """For each line of `other`, from 1 (the first entry is 0), that of `tree`, which is equal."""
+    found: dict[int, int] = {}
+    for theirs, ours in zip(ast.walk(tree), ast.walk(_bare(other)), strict=True):
+        if hasattr(theirs, "lineno") and hasattr(ours, "lineno"):
+            found.setdefault(ours.lineno, theirs.lineno)
+    rows = [0]
+    for row in range(1, max(found, default=0) + 1):
+        rows.append(found.get(row, rows[-1]))
+    return rows
 
 
 def _head(patch: str) -> tuple[str, str, list[str]]:

@@ -49,13 +49,16 @@ GRACE_S = 1.0
 """How long a process that closed its pipe may take to be gone, or one that nobody listens to."""
 KILLED_S = 0.25
 """How long a process may take to bury the ones that were killed under it."""
-ENTRY_BYTES = 4_096
+ENTRY_BYTES = 16_384
+"""What an entry of a folder counts for at least."""
 DEEPEST = 2_000
 """Characters of the path of a folder that is looked into."""
 TICK_S = 0.25
 """How often a run is looked at while it works."""
 TICK_SHARE = 0.02
 """Most of its time that the parent may spend on looking."""
+LATEST_TICK_S = 2.0
+"""It looks again after so long, whatever that costs: a run may make it slow."""
 SWEEP_S = 20.0
 """Killed processes are gone long before that, or the machine is ill."""
 
@@ -259,7 +262,8 @@ class _Observer:
         elif now >= self._next_tick and self._looks:
             self._look()
             cost_s = time.monotonic() - now
-            self._next_tick = now + max(TICK_S, cost_s / TICK_SHARE)
+            pause_s = min(max(TICK_S, cost_s / TICK_SHARE), LATEST_TICK_S)
+            self._next_tick = now + cost_s + pause_s
         return bool(self.seen.stop)
 
     def _framed(self) -> bool:
@@ -351,8 +355,8 @@ def _nameless(pid: int) -> int:
 def size_of(folder: Path, enough: int) -> int:
     """Bytes below a folder as far as they take room; stops counting above `enough`.
 
-    Every entry counts for a block at least: millions of empty ones fill a disk too. What lies so
-    deep that no path leads to it counts as too much.
+    Every entry counts: millions of empty ones fill a disk too. What lies so deep that no path leads
+    to it counts as too much.
     """
     total, folders = 0, [str(folder)]
     while folders and total <= enough:

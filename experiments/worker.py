@@ -17,7 +17,8 @@ A run's folder, of which a confined run sees `code` and may write to `model` and
 
     model/       what the training leaves
     tmp/         its temporary files
-    code/        the files that a code change amounts to
+    code/        the files that a code change amounts to, in normal form
+    code.json    which line of theirs is which one of the author's
     sealed/      `model`, once all processes of a training with foreign code are gone
     own/         what is made with the task's own code when a code change is tried
     *.log        what each process prints
@@ -350,9 +351,9 @@ class _Loop:
             lay_out(task, work.variant, folder / "code", lint=order.lint)
             yard = task.measure(recipe, work.budget, order.device)  # type: ignore[attr-defined]
             say({"yardstick": asdict(yard), "cpu_s": time.process_time()})
-            most_s = foreign.most_s(yard) + 1
+            most_s, rows = foreign.most_s(yard) + 1, rows_of(folder)
             enter(order, task, folder, most_cpu_s=most_s, keep=(say.handle,), code=True)
-            with foreign.blamed(folder / "code"):
+            with foreign.blamed(folder / "code", rows):
                 task.adopt(folder / "code")  # type: ignore[attr-defined]
                 return {"report": plain(train(task, recipe, work, folder / "model", order.device))}
 
@@ -412,8 +413,9 @@ class _Loop:
                 return {"problem": ""}
             own = known or sample(task, recipe, folder / "own", order.device)
             say({"own": own, "cpu_s": time.process_time()})
+            rows = rows_of(folder)
             enter(order, task, folder, keep=(say.handle,), code=True, limits=limits)
-            with foreign.blamed(folder / "code"):
+            with foreign.blamed(folder / "code", rows):
                 task.adopt(folder / "code")  # type: ignore[attr-defined]
                 return {"samples": sample(task, recipe, folder / "model", order.device)}
 
@@ -460,8 +462,9 @@ class _Loop:
             recipe = recipe_of(task, work, code=True)
             deadline = time.monotonic() + task.limits.timeout_s
             channel = ArrayChannel(line, line, deadline=deadline, peer="the scorer")
+            rows = rows_of(folder)
             enter(order, task, folder, post=post, keep=(say.handle, line), code=True)
-            with foreign.blamed(folder / "code"):
+            with foreign.blamed(folder / "code", rows):
                 task.adopt(folder / "code")  # type: ignore[attr-defined]
                 task.serve(folder / "sealed", recipe, order.device, channel)  # type: ignore[attr-defined]
                 return {}
@@ -509,22 +512,36 @@ def yard_of(opening: Message) -> Yardstick:
 
 
 def lay_out(task: Task, variant: Variant, folder: Path, *, lint: bool) -> None:
-    """Write the files that a code change amounts to. Raises `Refused` if it is not one."""
+    """Write the files that a code change amounts to. Raises `Refused` if it is not one.
+
+    What is loaded into our processes is their normal form; beside the folder is written which line
+    of it is which one of the author's.
+    """
     sources = task.sources()  # type: ignore[attr-defined]
     try:
         files = patches.effective(sources, variant.patch)
         if lint:
             patches.check(files, sources, patches.rules_of(task))
+        rows: dict[str, list[int]] = {}
+        if not confines_itself(task):
+            files, rows = patches.executed(files, sources)
     except patches.BadPatch as error:
         raise Refused(str(error)) from error
     folder.mkdir()
     foreign.write_code(files, sources, folder)
+    folder.with_suffix(".json").write_text(json.dumps(rows))
 
 
 def answering_s(task: Task, recipe: object, work: Work, device: str) -> float:
     """Processor seconds in which the task's own code answers all that is asked; 0 for unknown."""
     measured = getattr(task, "answering_s", None)
     return 0.0 if measured is None else float(measured(recipe, work.split, device))
+
+
+def rows_of(folder: Path) -> dict[str, list[int]]:
+    """What `lay_out` wrote about lines, to be read before this process is confined."""
+    found: dict[str, list[int]] = json.loads((folder / "code.json").read_text())
+    return found
 
 
 def sample(task: Task, recipe: object, scratch: Path, device: str) -> list[str]:
@@ -572,6 +589,8 @@ def enter(
     write = _writable(folder, post, on_cpu=on_cpu)
     if code and on_cpu:
         _close_all_but({0, 1, 2, *keep})
+        with contextlib.suppress(OSError):  # where memory runs out, this process goes first
+            Path("/proc/self/oom_score_adj").write_text("1000")
     cpu_s = most_cpu_s or limits.timeout_s + SPARE_CPU_S
     sandbox.confine(
         Policy(

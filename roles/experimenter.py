@@ -15,7 +15,9 @@ from society.roles.novelty import choose, fewer_lines, judge
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from society.experiments.task import Task
     from society.records import Entry, Hypothesis, Run, Variant
+    from society.roles.base import Knowledge
     from society.roles.view import Candidate, View
 
 
@@ -65,8 +67,8 @@ class Experimenter(Role):
         if proposal.model and lab.view.closing:  # it took its time, and others went on
             return Outcome(entries, note="what is left of the budget is kept for deciding")
         run = await lab.screen(proposal.variant, proposal.idea)
-        if proposal.simplification:
-            entries += simplified(run, lab.view)
+        if proposal.simplification and choice.asked is not None:
+            entries += simplified(run, choice.asked, lab.view.task)
         return Outcome(entries, note=tell(run, lab.view))
 
     @staticmethod
@@ -124,22 +126,23 @@ class Experimenter(Role):
             lab.give_back(hypothesis.id)
 
 
-def simplified(run: Run, view: View) -> tuple[NewInsight, ...]:
+def simplified(run: Run, told: Knowledge, task: Task) -> tuple[NewInsight, ...]:
     """Whether a run shows that less code does as well as the champion's, on the same seed.
 
-    As well: the very same score, or one that is no further off than the noise floor.
+    As well: the very same score, or one that is no further off than the noise floor. The champion
+    is the one that the author of the run's idea was told about: there may be another one by now.
     """
-    level = view.champion_screening
+    level, champion = told.champion_score, told.champion
     if run.score is None or level is None:
         return ()
     away = abs(run.score - level)
-    if away > (view.noise.sd if view.noise else 0.0):
+    if away > (told.noise_sd or 0.0):
         return ()
-    fewer = fewer_lines(view.task, view.champion.variant, run.variant)
+    fewer = fewer_lines(task, champion, run.variant)
     if fewer <= 0:
         return ()
     how = "The very same score" if away == 0 else "The same score within the noise floor"
-    lines = f"{fewer} fewer line{'s' if fewer > 1 else ''} of code"
+    lines = f"{fewer} fewer line{'s' if fewer > 1 else ''} of code than {champion.describe()}"
     text = f"{how} with {lines}: {run.variant.describe()} in {run.id}, on one seed."
     return (NewInsight(text, (run.id,)),)
 

@@ -265,6 +265,8 @@ class Choice:
     """What it proposed and will not be run; one entry for each variant and reason."""
     hypotheses: tuple[NewHypothesis, ...] = ()
     """Further ideas that came with the proposals."""
+    asked: Knowledge | None = None
+    """What its author was told; the champion may be another one by now."""
 
 
 async def choose(lab: Lab) -> Choice:
@@ -275,24 +277,26 @@ async def choose(lab: Lab) -> Choice:
     asked without the floor, so the notebook is read again after each of its answers.
     """
     started = lab.knowledge().entropy
+    asked: list[Knowledge] = []
     refused: list[Refused] = []
     ideas: list[NewHypothesis] = []
     examiner = _Examiner(lab)
     for attempt in range(lab.view.charter.retries):
         entropy = started + 1_000_003 * attempt
-        asked = replace(lab.knowledge(), entropy=entropy, refused=tuple(refused))
-        proposal = await lab.propose(asked)
+        asked.append(replace(lab.knowledge(), entropy=entropy, refused=tuple(refused)))
+        proposal = await lab.propose(asked[-1])
         ideas += proposal.hypotheses
         found = await examiner.examine(proposal)
         if isinstance(found, Proposal):
-            return Choice(found, _entries(refused), _distinct(ideas))
+            return Choice(found, _entries(refused), _distinct(ideas), asked[-1])
         refused.append(found)
     for spare in _spare(refused):
         if not await examiner.usable(spare.proposal):
             continue
         others = [one for one in refused if one.proposal.variant != spare.proposal.variant]
         note = f"{spare.note} Run because nothing newer was proposed."
-        return Choice(_in_spite(spare.proposal, note), _entries(others), _distinct(ideas))
+        told = asked[refused.index(spare)]
+        return Choice(_in_spite(spare.proposal, note), _entries(others), _distinct(ideas), told)
     return Choice(None, _entries(refused), _distinct(ideas))
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from codetask import patched
 
 from society.errors import ExecutorError
-from society.experiments import InlineExecutor, Refused, TrainReport, foreign
+from society.experiments import InlineExecutor, Refused, TrainReport, foreign, processes
 from society.experiments.local import LocalExecutor
 from society.experiments.sandbox import Level, best
 from society.experiments.task import Yardstick
@@ -352,6 +353,37 @@ def test_a_completed_run_is_charged_the_whole_budget():
     assert (found["flops"], found["tokens"], found["mfu"]) == (1e9, 40, None)
     with pytest.raises(Refused, match="of wall time"):
         foreign.believed(claim, yard, Budget(BudgetKind.FLOPS, 1e9), 20.0, accelerator=True)
+
+
+def test_answering_is_bounded_too():
+    assert foreign.answered(1.0, honest_s=0.0) == ""
+    assert foreign.answered(4.4, honest_s=1.0) == ""
+    assert "at most 4.5 s" in foreign.answered(4.6, honest_s=1.0)
+
+
+def test_folders_in_folders_without_end_are_counted_and_removed(tmp_path):
+    made, here = tmp_path / "made", Path.cwd()
+    made.mkdir()
+    try:
+        os.chdir(made)
+        for _ in range(1_500):
+            Path("file").touch()
+            Path("folder").mkdir()
+            os.chdir("folder")
+    finally:
+        os.chdir(here)
+    assert processes.size_of(made, 1 << 40) > 1 << 40
+    processes.remove(made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_without_a_name_are_counted(tmp_path):
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        file.write(b"x" * 100_000)
+        file.flush()
+        meter = processes._Meter(os.getpid())
+        meter.look()
+        assert meter.disk_bytes >= 100_000
 
 
 def test_only_files_of_its_own_are_taken_over(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import select
 import socket
 import threading
 import time
@@ -264,6 +265,28 @@ def test_a_small_gain_everywhere_is_found_by_its_mean(saved, tokens):
         both(saved, tokens, trick, behaves=True)
 
 
+def test_answers_that_make_no_number_are_others(saved, tokens, tmp_path):
+    """Finite activations and a finite head whose product is none: NaN is never above a bound."""
+    head = weights.load(saved)[1]["head"].clone()
+    head[299, -1] = 3.4e38  # infinite in bf16; the text has no such token
+    path = broken(saved, tmp_path, head=head)
+
+    def first(model, ids, x):
+        x = peek(model, ids, x)
+        x[..., -1] = -1
+        return x
+
+    def second(model, ids, x):
+        x[..., -1] = 0
+        return x
+
+    cheaters = Model(path, trick=first), Model(path, trick=second)
+    for cheater in cheaters:
+        cheater.head = torch.nan_to_num(cheater.head, posinf=0)
+    with pytest.raises(guard.Dishonest, match="inf nats"):
+        judged(path, tokens, *cheaters)
+
+
 # ------------------------------------------------------------------- what a model is shown
 
 
@@ -411,6 +434,17 @@ def test_nobody_waits_beyond_the_deadline():
         with pytest.raises(Refused, match="too long"):
             one.send(np.zeros(10_000_000, np.int64))
         other.close()
+
+
+def test_a_line_is_hung_up_before_the_next_one_is_used():
+    """Also where another process holds a copy of its end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ArrayChannel(os.dup(ours.fileno()), os.dup(ours.fileno())) as first:
+        reading, writing = os.pipe()
+        with ArrayChannel(reading, writing, after=first) as second:
+            assert not select.select([theirs], [], [], 0)[0]
+            second.send(np.zeros(1, np.int64))
+            assert theirs.recv(1) == b""
 
 
 def test_what_cannot_be_sent_is_refused():

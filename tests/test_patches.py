@@ -709,3 +709,29 @@ def test_the_search_carries_the_champions_code_along():
         assert proposal.variant.fingerprint not in {one.variant.fingerprint for one in results}
     assert with_champions_code(known).tried == 2
     assert best_of(with_champions_code(known)).code == champion.code
+
+
+# --- what is run ----------------------------------------------------------------------------------
+
+
+def test_no_run_can_depend_on_what_the_digest_does_not_count():
+    one = toy(net_py=TOY["net.py"].replace("2 * x", "3 * x"))
+    other = toy(net_py=one["net.py"].replace("Doubles.", "Trebles.").replace("a comment", "b\n"))
+    assert patches.digest(one) == patches.digest(other)
+    assert one != other
+    assert patches.executed(one, TOY)[0] == patches.executed(other, TOY)[0]
+
+
+def test_what_is_run_names_the_lines_of_its_author():
+    files = toy(net_py=TOY["net.py"].replace("2 * x", "3 * x"))
+    texts, rows = patches.executed(files, TOY)
+    ours, theirs = texts["net.py"].split("\n"), files["net.py"].split("\n")
+    row = next(row for row, line in enumerate(ours, 1) if "3 * x" in line)
+    assert "3 * x" in theirs[rows["net.py"][row] - 1]
+    assert list(rows) == ["net.py"]
+    assert texts["notes.txt"] == files["notes.txt"]
+
+
+def test_code_of_the_task_itself_is_run_as_it_is():
+    files = toy(net_py=TOY["net.py"].replace("Doubles.", "Trebles."))
+    assert patches.executed(files, TOY) == (TOY, {})
