@@ -285,6 +285,8 @@ def _imported(known: tuple[str, ...]) -> Iterator[str]:
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or name == "__main__" or file.startswith(known):
             continue
+        if not os.path.isabs(file) or not os.path.exists(file):  # torch.ops says `_ops.py`
+            continue
         path = os.path.realpath(file)
         if os.path.basename(path).startswith("__init__."):
             path = os.path.dirname(path)

@@ -925,10 +925,11 @@ def test_workers_do_not_see_the_key(monkeypatch):
     monkeypatch.setenv("MY_OWN_TOKEN", KEY)
 
     async def environments():
+        others = set(psutil.Process().children(recursive=True))  # servers of other tests
         executor = LocalExecutor("synthetic", "quick", 1, "cpu")
         try:
             await executor.start()
-            children = psutil.Process().children(recursive=True)
+            children = set(psutil.Process().children(recursive=True)) - others
             found = [Path(f"/proc/{one.pid}/environ").read_bytes() for one in children]
             await executor.close()
             return found

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -336,6 +337,17 @@ def test_the_runtime_is_no_folder_of_the_user():
     assert not any(path in (Path("/"), Path("/etc"), Path("/proc"), Path("/tmp")) for path in found)
 
 
+def test_the_runtime_is_of_modules_whose_files_exist(monkeypatch, tmp_path):
+    for number, file in enumerate(["_ops.py", str(tmp_path / "gone.py"), str(tmp_path / "own.py")]):
+        module = types.ModuleType(f"module{number}")
+        module.__file__ = file
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    (tmp_path / "own.py").touch()
+    found = list(sandbox._imported(()))
+    assert str((tmp_path / "own.py").resolve()) in found
+    assert all(map(os.path.exists, found))
+
+
 # -------------------------------------------------------------------------------- other processes
 
 
@@ -616,7 +628,8 @@ def test_a_fork_bomb_is_bounded(level, uid):
         while made < 3_000:
             try:
                 if os.fork() == 0:
-                    time.sleep(60)
+                    time.sleep(600)  # it is killed long before
+                    os._exit(0)
             except (BlockingIOError, OSError):
                 return made
             made += 1
