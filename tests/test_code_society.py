@@ -104,7 +104,7 @@ def test_no_exploit_stops_a_society_or_is_believed(tmp_path):
         caught = {r.variant.fingerprint for r in with_code if r.outcome is not Outcome.COMPLETED}
         assert not [run for run in with_code if run.outcome is Outcome.COMPLETED]
         assert len(broken) >= 15
-        assert len(caught) >= 5
+        assert len(caught) >= 3
         assert all(run.log_tail.strip() for run in map(ledger.run, [r.id for r in with_code]))
         assert ledger.champion(scope).variant.patch is None
     assert "accept claim c0001" not in prompts
