@@ -128,6 +128,7 @@ def check_nothing_twice(ledger):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_two_societies_work_on_one_ledger_at_the_same_time(url, tmp_path):
     labs = tmp_path / "ann", tmp_path / "bob"
     Ledger.open(url, 3).close()

@@ -287,7 +287,7 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path):
         assert all(run.id in text for run in runs)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupt_saves_and_resume_goes_on(tmp_path, signals):
     process = start(tmp_path, "new", 60)
     wait_for_runs(tmp_path, 12, process)
