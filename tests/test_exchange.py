@@ -693,6 +693,7 @@ class Watching:
 
 
 @pytest.mark.parametrize("knowledge", ["shared", "own"])
+@pytest.mark.slow
 def test_a_role_that_floods_the_exchange_gets_no_more_than_the_room(tmp_path, knowledge):
     chosen = Settings(
         task="synthetic", agents=4, slots=2, runs=50, seed=3, knowledge=knowledge,

@@ -241,6 +241,7 @@ def test_ctrl_c_while_a_model_thinks_stops_at_once_and_resume_goes_on(tmp_path):
     assert state(lab) == "finished"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_story_is_told_gives_up_the_story_alone(tmp_path):
     lab, model = tmp_path / "lab", Model()
 
@@ -262,6 +263,7 @@ def test_ctrl_c_while_the_story_is_told_gives_up_the_story_alone(tmp_path):
 @pytest.mark.skipif(
     sandbox.best_for_commands().rank < Level.FILTERS.rank, reason="no sandbox for commands here"
 )
+@pytest.mark.slow
 def test_code_of_a_script_is_changed_and_run_without_the_rules_of_the_trainer(tmp_path):
     loop, lab = tmp_path / "loop", tmp_path / "lab"
     shutil.copytree(HERE / "data" / "loop", loop)

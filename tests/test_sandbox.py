@@ -617,6 +617,7 @@ def test_groups_cannot_be_left_where_nothing_else_would_find_them(level, room):
 
 @apart
 @pytest.mark.parametrize("uid", [0, NOBODY])
+@pytest.mark.slow
 def test_a_fork_bomb_is_bounded(level, uid):
     if os.getuid():
         uid = os.getuid()

@@ -48,6 +48,7 @@ def screened(task, variant, scratch):
 
 @settings(derandomize=True, max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
+@pytest.mark.slow
 def test_proposals_are_valid_and_new(entropy):
     rng = random.Random(entropy)
     known = knowledge(entropy=entropy)
@@ -73,6 +74,7 @@ def test_pending_variants_are_not_proposed_again():
     assert propose(replace(known, pending=(first.variant,))).variant != first.variant
 
 
+@pytest.mark.slow
 def test_model_based_search_beats_random_search(tmp_path):
     task = load_task("synthetic", "quick")
 

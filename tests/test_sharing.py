@@ -187,6 +187,7 @@ def test_a_killed_society_does_not_disturb_the_other_and_resumes(url, tmp_path):
     assert before.items() <= after.items()
 
 
+@pytest.mark.slow
 def test_a_society_waits_for_seeds_that_another_one_holds(sqlite, tmp_path):
     """Also when that one dies: then the leases expire, and nothing is written that would tell."""
     done = society(*options(tmp_path / "first", sqlite, 1, 1))
@@ -374,6 +375,7 @@ def test_nothing_is_remembered_of_a_ledger_that_cannot_be_reached(tmp_path):
 # ---------------------------------------------------------------------- reading from another folder
 
 
+@pytest.mark.slow
 def test_everything_can_be_read_and_made_again_from_another_folder(sqlite, tmp_path):
     done = society(*options(tmp_path / "ann", sqlite, 24, 5))
     assert done.code == 0, done.err
