@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches, unified_diff
+from functools import lru_cache
 from typing import Any
 
 from society.errors import SocietyError
@@ -568,6 +569,7 @@ DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
+@lru_cache(maxsize=64)
 def _normalised(name: str, text: str) -> str:
     """What counts of a file: its code without comments, docstrings and formatting, or its text."""
     if not _is_python(name):

@@ -283,6 +283,8 @@ class _Loop:
         self._order, self._task, self._link = order, task, link
         self._on_cpu = order.device == "cpu"
         self._own: dict[str, list[str]] = {}
+        if takes_code(task):  # kept there: no run need find out what the task's own code amounts to
+            patches.digest(task.sources())  # type: ignore[attr-defined]
 
     def serve(self) -> None:
         """Answer requests until the owner hangs up."""
