@@ -21,7 +21,6 @@ import types
 from pathlib import Path
 from typing import NoReturn
 
-CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
