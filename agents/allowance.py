@@ -90,9 +90,10 @@ class Allowance:
         self._numbers = 0
         self._margin, self._answer = MARGIN, limits.answer_tokens
 
-    def usage(self, agent: str | None = None) -> Usage:
-        """What was spent, earlier sessions included; by one agent or by all."""
-        return (self._society if agent is None else self._account(agent)).usage
+    @property
+    def usage(self) -> Usage:
+        """What the society has spent, earlier sessions included."""
+        return self._society.usage
 
     def worst(self, counted: int) -> Cost:
         """The most that a request may cost whose prompt has so many tokens by our count."""

@@ -168,11 +168,7 @@ class Endpoint:
     @property
     def usage(self) -> Usage:
         """What the society's questions have cost, earlier sessions included."""
-        return self._allowance.usage()
-
-    def usage_of(self, agent: str) -> Usage:
-        """What one agent's questions have cost, earlier sessions included."""
-        return self._allowance.usage(agent)
+        return self._allowance.usage
 
     @property
     def standing(self) -> Standing:

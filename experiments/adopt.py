@@ -1,9 +1,9 @@
 """Other files in place of some modules of a package, in one process, from now on.
 
 `remember` is called while nothing foreign is near: it keeps the compiled code of the modules that
-may be replaced and of all that are built on them. `adopt` then executes those anew, the replaced
-ones from their new files. Modules that do not depend on a replaced one stay as they are, and with
-them every object that is alive: data, recipes, records.
+may be replaced and of all that are built on them. `adopt` then executes the replaced ones from
+their new files, and the others anew when they are imported. Modules that do not depend on a
+replaced one stay as they are, and with them every object that is alive: data, recipes, records.
 
     remember("society.model", ["gpt", "optim"])       once, in the parent of all processes
     adopt("society.model", folder)                    in a process that ends with its run
@@ -42,6 +42,8 @@ class _Memory:
     """Full name of every module that is executed anew -> its code as installed."""
     files: Mapping[str, str]
     """Full name -> its file as installed."""
+    texts: Mapping[str, bytes]
+    """Full name of every replaceable module -> what is in its file."""
 
 
 _memories: dict[str, _Memory] = {}
@@ -64,7 +66,8 @@ def remember(package: str, names: Iterable[str]) -> None:
     affected = _dependents(loaded, wanted)
     code = {name: code for name, code in loaded.items() if name in affected}
     files = {name: str(sys.modules[name].__file__) for name in code}
-    _memories[package] = _Memory(replaceable, code, files)
+    texts = {name: Path(files[name]).read_bytes() for name in wanted}
+    _memories[package] = _Memory(replaceable, code, files, texts)
 
 
 def adopt(package: str, folder: Path) -> None:
@@ -86,19 +89,21 @@ def adopt(package: str, folder: Path) -> None:
         )
     code, places = dict(memory.code), dict(memory.files)
     for name, path in files.items():
-        full = f"{package}.{name}"
-        code[full] = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        full, text = f"{package}.{name}", path.read_bytes()
+        if text != memory.texts[full]:
+            code[full] = compile(text, str(path), "exec", dont_inherit=True)
         places[full] = str(path)
-    _install(code, places)
-
-
-def _install(code: Mapping[str, CodeType], places: Mapping[str, str]) -> None:
-    """Execute the modules anew, each after those that it imports."""
     sys.meta_path.insert(0, _Finder(code, places))
-    for name in code:
+    _forget(package, code)
+    for name in files:
+        importlib.import_module(f"{package}.{name}")
+
+
+def _forget(package: str, names: Iterable[str]) -> None:
+    """Have modules executed anew when they are imported the next time."""
+    for name in names:
         sys.modules.pop(name, None)
-    for name in code:
-        importlib.import_module(name)
+        vars(sys.modules[package]).pop(name.rpartition(".")[2], None)
 
 
 class _Finder(MetaPathFinder, Loader):

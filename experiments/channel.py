@@ -19,6 +19,7 @@ import math
 import os
 import select
 import socket
+import stat
 import struct
 import sys
 import time
@@ -37,8 +38,8 @@ TYPES = tuple(np.dtype(name) for name in ("<i8", "<i4", "<i2", "<f4"))
 MAX_DIMENSIONS = 4
 MAX_BYTES = 256 << 20
 """Largest array by default."""
-PIPE_BYTES = 1 << 20
-"""Size that a pipe is asked to have: fewer changes between the processes."""
+ROOM_BYTES = 1 << 20
+"""What a pipe or socket is asked to hold: fewer changes between the processes."""
 F_SETPIPE_SZ = 1031
 
 
@@ -208,8 +209,12 @@ def _flat(array: np.ndarray) -> memoryview:
 
 
 def _widen(handle: int) -> None:
-    if sys.platform == "linux":
+    """Ask for room for a whole answer; there is as much as the system allows."""
+    if stat.S_ISSOCK(os.fstat(handle).st_mode):
+        with socket.socket(fileno=os.dup(handle)) as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM_BYTES)
+    elif sys.platform == "linux":
         import fcntl
 
-        with contextlib.suppress(OSError):  # a socket, or more than the system allows
-            fcntl.fcntl(handle, F_SETPIPE_SZ, PIPE_BYTES)
+        with contextlib.suppress(OSError):  # more than the system allows
+            fcntl.fcntl(handle, F_SETPIPE_SZ, ROOM_BYTES)

@@ -109,7 +109,8 @@ def report(value: object) -> Message:
         raise ValueError(f"curve: expected at most {CURVE_POINTS} numbers")
     counts = {name: _count(name, value[name]) for name in ("tokens", "steps", "device_mem_bytes")}
     seconds = {
-        name: _number(name, value[name], least=0) for name in ("flops", "train_s", "compile_s")
+        name: _number(name, value[name], least=0)
+        for name in ("flops", "train_s", "compile_s", "step_flops")
     }
     return {
         **counts,
@@ -198,6 +199,7 @@ def believed(
         "compile_s": min(claim.compile_s, wall_s),
         "mfu": None,  # by its own clock
         "device_mem_bytes": claim.device_mem_bytes,
+        "step_flops": claim.step_flops,
     }
 
 
@@ -228,8 +230,11 @@ def answered(cpu_s: float, honest_s: float) -> str:
     )
 
 
-def tried(seen: Watched, limits: Limits) -> Message:
-    """What a trial showed: `problem`, which its author can act on, `same`, and its `bits`."""
+def tried(seen: Watched, own: Sequence[str], limits: Limits) -> Message:
+    """What a trial showed: `problem`, which its author can act on, `same`, and its `bits`.
+
+    `own` is what the same few steps gave with the task's own code.
+    """
     if seen.opening is None:
         message = json.loads(seen.payload) if seen.payload else stopped(seen, limits)
         problem = message.get("problem", message.get("error", ""))
@@ -242,11 +247,11 @@ def tried(seen: Watched, limits: Limits) -> Message:
         return {"problem": spoken(str(error)), "same": False}
     if message["outcome"] != Outcome.COMPLETED:
         return {"problem": spoken(message["error"]), "same": False}
-    own, (one, other) = seen.opening["own"], message["samples"]
+    one, other = message["samples"]
     if one == other and own[0] != own[1]:
         problem = "Two seeds give the same model: the initial parameters must come from the seed."
         return {"problem": problem, "same": False}
-    return {"problem": "", "same": own == [one, other], "bits": [one, other]}
+    return {"problem": "", "same": list(own) == [one, other], "bits": [one, other]}
 
 
 def _unfinished(seen: Watched, limits: Limits) -> str:

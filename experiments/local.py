@@ -26,11 +26,11 @@ from society import logs
 from society.errors import ExecutorError
 from society.experiments import foreign, patches
 from society.experiments.executor import TAIL_CHARS, cost_of
+from society.experiments.orders import DISK_BYTES, ROLES, Order, Post, message_of
 from society.experiments.placement import place
 from society.experiments.processes import HEADER, Message, pack, remove
 from society.experiments.sandbox import Level
 from society.experiments.task import TrainReport
-from society.experiments.worker import DISK_BYTES, ROLES, Order, Post
 from society.model.device import ISA_VARIABLES, Card
 from society.records import (
     Budget,
@@ -560,29 +560,12 @@ def _environ(code: Path | None) -> dict[str, str]:
     return kept | ONE_THREAD | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
 
 
-def _plain(work: Work) -> Message:
-    """Work as JSON values."""
-    variant = work.variant
-    return {
-        "run_id": work.run_id,
-        "variant": {
-            "task": variant.task,
-            "overrides": dict(variant.overrides),
-            "patch": variant.patch,
-        },
-        "seed": work.seed,
-        "data_seed": work.data_seed,
-        "split": work.split,
-        "budget": {"kind": work.budget.kind, "amount": work.budget.amount},
-    }
-
-
 def _request(
     kind: str, work: Work, folder: Path, sealed: str = "", post: Post = Post.TRAINER
 ) -> Message:
     """What a loop is asked."""
     values = {"kind": kind, "folder": str(folder), "sealed": sealed, "post": post}
-    return values | {"work": _plain(work)}
+    return values | {"work": message_of(work)}
 
 
 async def _settled(asked: Sequence[asyncio.Future[Message]]) -> None:

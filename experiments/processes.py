@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import resource
 import select
@@ -42,6 +43,8 @@ Message = dict[str, Any]
 HEADER = 4
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+MADV_COLLAPSE = 25
+HUGE_PAGE = 2 << 20
 MAX_FILE_BYTES = 4 << 30
 """No run writes a larger file: a log without end must not fill the disk."""
 OPENING_BYTES = 1 << 20
@@ -94,8 +97,8 @@ class Watch:
     """A descriptor; the run is stopped a moment after its other end is closed."""
     stranger: bool = False
     """Whether it sends an opening, and is not to be trusted after that."""
-    most_cpu_s: Callable[[Message], float] | None = None
-    """Opening -> processor seconds that the run may use from then on."""
+    most_cpu_s: float = math.inf
+    """Processor seconds that the run may use from its opening on."""
     report_bytes: int = 1 << 26
     """Longest report."""
 
@@ -155,6 +158,34 @@ def adopt_orphans() -> None:
     """Become the parent of whatever this process's descendants leave behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def use_huge_pages() -> int:
+    """Move this process's memory to huge pages, so that forking it, and ending forks, is cheaper.
+
+    A process that has imported torch has 40,000 pages of its own, each of which a fork must list
+    and an exit must strike off: 10 ms together, 3 ms with huge pages. What a fork writes to is
+    still copied in small ones. Returns how many huge pages there are; elsewhere than on Linux 6.1
+    and later it does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        return sum(
+            madvise(place, HUGE_PAGE, MADV_COLLAPSE) == 0
+            for first, end in _own_memory()
+            for place in range(-(-first // HUGE_PAGE) * HUGE_PAGE, end - HUGE_PAGE + 1, HUGE_PAGE)
+        )
+    return 0
+
+
+def _own_memory() -> Iterator[tuple[int, int]]:
+    """First and last address of every writable range without a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, *_, file = [*line.split(maxsplit=5), ""][:6]
+        if rights == "rw-p" and file in ("", "[heap]"):
+            first, end = (int(address, 16) for address in addresses.split("-"))
+            yield first, end
 
 
 def fork_run(
@@ -217,7 +248,7 @@ class _Observer:
         self._pid, self._pipe, self._link, self._watch = pid, pipe, link, watch
         self._deadline = deadline
         self._meter = _Meter(pid)
-        self._most_cpu_s = float("inf")
+        self._most_cpu_s = math.inf
         self._data, self._hung_up = b"", False
         self._next_tick = time.monotonic() + TICK_S
         self._poll = select.poll()
@@ -281,8 +312,7 @@ class _Observer:
                 self.seen.payload = frame
                 return True
             self.seen.opening, self.seen.opened_at = opening, time.monotonic()
-            if self._watch.most_cpu_s is not None:
-                self._most_cpu_s = opening["cpu_s"] + self._watch.most_cpu_s(opening)
+            self._most_cpu_s = opening["cpu_s"] + self._watch.most_cpu_s
         return False
 
     @property

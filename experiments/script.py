@@ -65,6 +65,7 @@ from society.experiments.task import (
     Refused,
     Role,
     TrainReport,
+    Yardstick,
     load_profile,
     parse,
 )
@@ -199,7 +200,7 @@ class Script:
         """The editable files."""
         return dict(self._texts)
 
-    def adopt(self, code: Path) -> None:
+    def adopt(self, code: Path, own: Yardstick | None = None) -> None:
         """Run these versions of the editable files from now on."""
         self.__dict__["_texts"] = {
             name: (code / name).read_text("utf-8") for name in self.options.editable

@@ -90,6 +90,8 @@ class TrainReport:
     """Model FLOPs as a share of the device's peak rate, where that is known."""
     device_mem_bytes: int = 0
     """Most memory allocated on an accelerator at once."""
+    step_flops: float = 0.0
+    """FLOPs that a step of changed code was charged; 0 for what the recipe takes."""
 
 
 class Diverged(Exception):
@@ -126,7 +128,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """What a recipe takes without a code change, measured right before one is tried."""
+    """What a recipe takes with the task's own code, measured where no other is near."""
 
     cpu_s: float
     """Processor seconds of a whole training."""
@@ -138,6 +140,10 @@ class Yardstick:
     """What they are charged, where the budget does not count FLOPs; 0 for unknown."""
     compile_s: float = 0.0
     """Seconds that an accelerator takes to compile, which no budget pays for."""
+    step_flops: float = 0.0
+    """What one step computes as the task counts it, to compare with changed code; 0 for unknown."""
+    charged_flops: float = 0.0
+    """What changed code was charged for a step in an earlier run; 0 for unknown."""
 
 
 class Channel(Protocol):
@@ -161,11 +167,13 @@ class Channel(Protocol):
 class CodeTask(Protocol):
     """What a `Task` offers besides when variants may change its code (they carry a `patch`).
 
-    All but `sources` are called in processes of one run:
+    All but `sources` are called in processes of their own:
 
-    - the training process calls `measure` before any foreign code is loaded, then confines itself,
-      calls `adopt`, and then `train`, all of whose words are from then on a stranger's;
-    - `sample` is called twice in the same way when a patch is tried: before and after `adopt`;
+    - one of ours calls `measure`; the result serves for runs of the same recipe, for some minutes;
+    - the training process confines itself, calls `adopt`, and then `train`, all of whose words are
+      from then on a stranger's;
+    - `sample` is called when a patch is tried, in a process of ours, and in another one after
+      `adopt`;
     - a process that never saw an evaluation split confines itself, calls `adopt` and then `serve`;
       there are two of them, which know nothing of each other;
     - the scorer, which loads no foreign code, calls `judge` with a line to each of the two.
@@ -178,8 +186,11 @@ class CodeTask(Protocol):
     def sources(self) -> Mapping[str, str]:
         """File name -> text of every file that a patch may change, as installed."""
 
-    def adopt(self, code: Path) -> None:
-        """Use the files in `code`, one for each of `sources`, from now on in this process."""
+    def adopt(self, code: Path, own: Yardstick | None = None) -> None:
+        """Use the files in `code`, one for each of `sources`, from now on in this process.
+
+        Before a training it is told what the recipe takes with the task's `own` code.
+        """
 
     def measure(self, recipe: Any, budget: Budget, device: str) -> Yardstick:
         """What this recipe takes with the task's own code."""

@@ -42,11 +42,12 @@ size, so questions are asked in batches of the size in which the first model was
 `TOLERANCES` for what is measured and what is allowed beyond.
 
 Cost. The second model's answers are at most `PROBES` rows without the head: at the default size
-half as many as are scored, with all else 3 to 4 % of a run (`benchmarks/guard.py`). On an
-accelerator, by calculation and not measured: 128 rows of 2,048 tokens beside the 20 million that
-the public benchmark scores are 1.3 % of the scoring's forward passes, which are a few seconds of a
-300 s run: below 0.1 % of it. The yardstick's and the counted step are of one row each. What is left
-is starting two more processes on the device, some seconds: 1 to 2 %.
+half as many as are scored, 3 % of a run, and two fresh processes cost as much again and a little
+(`benchmarks/guard.py`). On an accelerator, by calculation and not measured: 128 rows of 2,048
+tokens beside the 20 million that the public benchmark scores are 1.3 % of the scoring's forward
+passes, which are a few seconds of a 300 s run: below 0.1 % of it. The yardstick's and the counted
+step are of one row each. What is left is starting two more processes on the device, some seconds:
+1 to 2 %.
 """
 
 from __future__ import annotations

@@ -80,7 +80,13 @@ class Facts:
         return tuple(way for ways in _figures(self._text) for way in ways)
 
     def unsupported(self, text: str) -> list[str]:
-        """The numbers, ids and names with digits in `text` that no fact holds, as written."""
+        """The numbers, ids and names with digits in `text` that no fact holds, as written.
+
+        A sign that is written must be the fact's; a number without one may be a loss or a gain. A
+        percentage may stand for a share and the other way round, `k` and `M` are thousands and
+        millions, and a number may be rounded; but a fraction below ten does not become a whole
+        number.
+        """
         lowered = text.lower()
         names = [name for name in _NAME.findall(lowered) if _has_digit(name)]
         odd = [name for name in names if name not in self._names]
@@ -89,16 +95,6 @@ class Facts:
 
     def _hold(self, figure: _Figure) -> bool:
         return any(map(figure.tells, self._figures))
-
-
-def numbers_supported(text: str, facts: Sequence[str]) -> list[str]:
-    """The numbers in `text` that are not among the `facts`, as they are written; empty if all are.
-
-    A sign that is written must be the fact's; a number without one may be a loss or a gain. A
-    percentage may stand for a share and the other way round, `k` and `M` are thousands and
-    millions, and a number may be rounded; but a fraction below ten does not become a whole number.
-    """
-    return Facts(facts).unsupported(text)
 
 
 def _has_digit(name: str) -> bool:

@@ -147,14 +147,19 @@ def test_a_step_is_charged_by_what_it_multiplies(tmp_path):
     told = child(
         tmp_path,
         """
+import dataclasses
 from society.model import flops
 recipe = task.baseline
 print(task._step_flops(recipe, "cpu"))
 yard = task.measure(recipe, task.budget, "cpu")
 print(yard.steps, 0.5 < yard.cpu_s < 60)
 plain = flops.flops_per_step(recipe)
-task.adopt(code)
-print(1.05 < task._step_flops(recipe, "cpu") / plain < 1.6)
+task.adopt(code, yard)
+charged = task._step_flops(recipe, "cpu")
+print(1.05 < charged / plain < 1.6)
+for before in (1.0, charged):
+    task.adopt(code, dataclasses.replace(yard, charged_flops=before))
+    print(task._step_flops(recipe, "cpu") == max(plain, before))
 """,
         gpt=(
             '    return F.linear(active, weights[layer + "contract"])',
@@ -162,7 +167,7 @@ print(1.05 < task._step_flops(recipe, "cpu") / plain < 1.6)
             '    return (twice + F.linear(active, weights[layer + "contract"])) / 2',
         ),
     )
-    assert told == ["None", "107", "True", "True"]
+    assert told == ["None", "107", "True", "True", "True", "True"]
 
 
 def test_the_text_of_the_corpus_is_hidden():

@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import codetask
@@ -14,7 +15,7 @@ import pytest
 from codetask import patched
 
 from society.errors import ExecutorError
-from society.experiments import InlineExecutor, Refused, TrainReport, foreign, processes
+from society.experiments import InlineExecutor, Refused, TrainReport, foreign, loop, processes
 from society.experiments.local import LocalExecutor
 from society.experiments.sandbox import Level, best
 from society.experiments.task import Yardstick
@@ -99,6 +100,27 @@ def test_an_honest_change_counts_and_a_renaming_gives_the_same_score(level):
     assert better.score < plain.score / 10
     assert (better.cost.steps, better.cost.tokens) == (10, 100)
     assert better.cost.cpu_s > 0
+
+
+def test_what_our_own_code_takes_is_measured_once_and_for_every_recipe():
+    dearer = at_end("import dataclasses\nreturn dataclasses.replace(report, step_flops=7.0)")
+    other = replace(dearer, overrides={"rate": 0.3})
+    variants = dearer, dearer, FASTER, other
+    logs = [m.log_tail for m in measure(*variants, task="codetask:Telling")]
+    assert ["measured" in log for log in logs] == [True, False, False, True]
+    assert "charged 7 last time" in logs[1]
+    assert all("charged 0 last time" in logs[n] for n in (0, 2, 3))
+
+
+def test_a_figure_of_the_machine_is_measured_again_after_a_while(monkeypatch):
+    now = 1_000.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    known = loop.Figures()
+    known.put("speed", {"cpu_s": 1.0})
+    now += loop.KEPT_S - 1
+    assert known.get("speed") == {"cpu_s": 1.0}
+    now += 2
+    assert known.get("speed") is None
 
 
 def test_the_level_is_part_of_the_environment_and_costs_no_comparison():
@@ -319,7 +341,7 @@ def test_nothing_is_left_of_a_run_that_is_given_up():
 def payload(**changes):
     report = {
         "flops": 1.0, "tokens": 10, "steps": 5, "curve": [1.0], "train_s": 1.0, "compile_s": 0.0,
-        "mfu": None, "device_mem_bytes": 0,
+        "mfu": None, "device_mem_bytes": 0, "step_flops": 0,
     }  # fmt: skip
     return json.dumps({"outcome": "completed", "report": report | changes}).encode()
 
@@ -332,7 +354,7 @@ def payload(**changes):
         b'{"outcome": ["crashed"], "error": "x"}', payload(flops=True), payload(flops=1e400),
         payload(tokens=-1), payload(tokens=1.5), payload(steps=10**30), payload(curve=[1.0] * 65),
         payload(curve=["x"]), payload(train_s=-1.0), payload(more=1), payload(mfu="x"),
-        payload(curve="abc"), payload(flops=None),
+        payload(curve="abc"), payload(flops=None), payload(step_flops=-1.0),
     ],
 )  # fmt: skip
 def test_another_form_of_report_is_refused(data):

@@ -28,7 +28,7 @@ from society.records import (
     Variant,
 )
 from society.roles import Background, BudgetLeft, Knowledge, Proposal, Reading, Result
-from society.roles.figures import numbers_supported
+from society.roles.figures import Facts
 from society.roles.meta_analyst import believable
 from society.settings import Endpoint as EndpointSettings
 from society.settings import Settings
@@ -306,7 +306,7 @@ FACTS = [
      "worse by 0.0178", "lr=0.08", "+.0178", "0.0121-0.0235", "better by +0.0166", "+/-8"],
 )  # fmt: skip
 def test_numbers_of_the_facts_are_supported(text):
-    assert numbers_supported(text, FACTS) == []
+    assert Facts(FACTS).unsupported(text) == []
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_numbers_of_the_facts_are_supported(text):
      ("[\u22120.0121]", "-0.0121"), (".41", ".41")],
 )  # fmt: skip
 def test_other_numbers_are_not(text, odd):
-    assert numbers_supported(text, FACTS) == [odd]
+    assert Facts(FACTS).unsupported(text) == [odd]
 
 
 def test_only_sentences_that_cite_and_count_right_are_kept():
