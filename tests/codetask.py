@@ -141,11 +141,15 @@ class CodeTask:
 class Telling(CodeTask):
     """Prints what is measured, and what was measured before."""
 
+    measured = False
+
     def measure(self, recipe, budget, device):
+        self.measured = True
         sys.stdout.write("measured\n")
         return super().measure(recipe, budget, device)
 
     def train(self, recipe, seed, budget, scratch, device, *, data_seed=None):
+        assert not self.measured, "a process that has used the device cannot confine itself"
         sys.stdout.write(f"charged {self.own.charged_flops:g} last time\n")
         return super().train(recipe, seed, budget, scratch, device, data_seed=data_seed)
 
