@@ -33,6 +33,7 @@ from society.model.loader import Loader
 from society.model.optim import EAGER, Optimizer, Steps
 from society.model.pipeline import batches
 from society.model.recipe import Recipe
+from society.model.seeds import set_seeds
 from society.model.timeline import Flight, timeline_of
 from society.records import Budget
 
@@ -174,11 +175,13 @@ def train(
     planned = planned_steps(recipe, budget, step_flops)
     drawn = batches(recipe, tokens, seed=order, steps=planned)
     with _ready(device, execution), _sent(drawn, device) as source:
+        set_seeds(seed, "weights", device)
         initial = {name: w.to(device) for name, w in initial_weights(recipe, seed).items()}
         began = time.perf_counter()
         machine = prepare(recipe, initial, device, execution)
         compile_s = time.perf_counter() - began
         run = _Run(recipe, Optimizer(recipe, initial, machine.steps), machine, device, on_step)
+        set_seeds(seed, "steps", device)  # what was done until here may have drawn numbers too
         run.go(_Pace(planned, budget, run.flight), source)
         return run.result(compile_s, step_flops)
 

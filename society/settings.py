@@ -33,8 +33,11 @@ PRICES = {
     "gpt-5": Price(prompt=1.25, completion=10.0),
     "gpt-5-mini": Price(prompt=0.25, completion=2.0),
     "gpt-5-nano": Price(prompt=0.05, completion=0.4),
+    "gpt-4.1": Price(prompt=2.0, completion=8.0),
+    "gpt-4.1-mini": Price(prompt=0.4, completion=1.6),
+    "gpt-4.1-nano": Price(prompt=0.1, completion=0.4),
 }
-"""Used unless `prices` are given: OpenAI's list prices when these models came out, August 2025."""
+"""Used unless `prices` are given: OpenAI's list prices, as others published them in March 2026."""
 
 
 class Endpoint(BaseModel):

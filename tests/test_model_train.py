@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,22 @@ def test_the_two_parts_of_the_seed_can_be_held_apart() -> None:
     # The start is the seed's: before the first update the loss hardly depends on it.
     first = [run.curve[0] for run in (one, other_order, other_start)]
     assert first[0] == pytest.approx(first[2], abs=1e-3)
+
+
+def test_what_draws_without_a_generator_of_its_own_gets_its_numbers_from_the_seed() -> None:
+    def drawn(seed: int) -> list[float]:
+        found: list[float] = []
+
+        def draw(*_: object) -> None:
+            found.extend([torch.rand(1).item(), np.random.rand(), random.random()])
+
+        tiny(seed=seed, on_step=draw)
+        return found
+
+    one = drawn(1)
+    torch.rand(7)
+    assert drawn(1) == one
+    assert not set(drawn(2)) & set(one)
 
 
 def _child(queue: Any) -> None:
