@@ -2,6 +2,7 @@
 
 ARGS ?=
 BENCH ?= startup
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := agents roles memory model experiments configs
@@ -16,8 +17,8 @@ help:  ## Show this list
 run: $(VENV)/.installed  ## Let a society of eight agents work; options by ARGS="--minutes 60"
 	@$(BIN)/python -m society run --agents 8 $(ARGS)
 
-test: $(VENV)/.installed-dev  ## Run the tests; options by ARGS="-k gate"
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev  ## Run the tests in two processes; options by ARGS="-k gate", JOBS=0 for one
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
