@@ -324,6 +324,13 @@ class View:
         return not self.champion.variant.is_baseline and self.budget.runs <= left
 
     @property
+    def runs_to_search(self) -> int:
+        """Runs that the budget must have left for a first idea to be tried."""
+        missing = self.calibration_target - len(self.champion_pool) if self.noise is None else 0
+        screening = self.champion_screening is None
+        return max(0, missing) + screening + 1 + self.charter.closing_runs
+
+    @property
     def calibration_target(self) -> int:
         """Baseline seeds to run before the search starts."""
         wanted = round(self.charter.calibration_share * self.budget.total)

@@ -181,10 +181,23 @@ async def _work(
                 began=began,
             )
             log.info("society works", agents=len(casts), slots=executor.slots, tier=scope.tier)
+            _warn_of_few_runs(laboratory)
             await _live(laboratory, casts, folder.checkpoints, display)
             if not laboratory.draining:
                 await _tell(laboratory)
     return scope
+
+
+def _warn_of_few_runs(laboratory: Laboratory) -> None:
+    """Say so if the runs that were asked for leave none for an idea."""
+    view = laboratory.view()
+    if laboratory.settings.runs is not None and view.budget.runs < view.runs_to_search:
+        logs.get("app").warning(
+            "too few runs to try anything",
+            runs=view.budget.runs,
+            needed=view.runs_to_search,
+            why=f"noise floor and champion first, {view.charter.closing_runs} kept for the end",
+        )
 
 
 async def _tell(laboratory: Laboratory) -> None:

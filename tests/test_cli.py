@@ -94,6 +94,14 @@ def test_run_says_which_brain_runs_and_ends_with_the_report(small_lab):
     assert out.splitlines()[-1] == f"Report: {small_lab / 'report' / 'report.html'}"
 
 
+@pytest.mark.parametrize(("runs", "tried"), [(18, 1), (19, 2)])
+def test_runs_that_leave_none_for_an_idea_are_warned_of(runs, tried, society, tmp_path):
+    done = society("run", *QUICK, "--runs", runs, "--plain", "--lab", tmp_path)
+    assert ("too few runs" in done.out + done.err) is (tried == 1)
+    found = json.loads(society("status", "--json", "--lab", tmp_path).out)
+    assert found["runs"]["screening"] == tried  # the champion's own is one of them
+
+
 def test_status(cli, small_lab):
     code, out, _ = cli("status", "--lab", small_lab)
     assert code == 0

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -381,6 +382,15 @@ def test_answering_is_bounded_too():
     assert foreign.answered(1.0, honest_s=0.0) == ""
     assert foreign.answered(4.4, honest_s=1.0) == ""
     assert "at most 4.5 s" in foreign.answered(4.6, honest_s=1.0)
+
+
+def test_huge_pages_change_no_byte_of_what_lies_in_them():
+    kept = [bytes([number]) * (1 << 20) for number in range(16)]
+    before, found = b"".join(kept), processes.use_huge_pages()
+    assert b"".join(kept) == before
+    assert found >= 0
+    if sys.platform != "linux":
+        assert found == 0
 
 
 def test_folders_in_folders_without_end_are_counted_and_removed(tmp_path):
