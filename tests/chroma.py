@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +31,7 @@ class ChromaServer:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._code: int | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -55,8 +58,20 @@ class ChromaServer:
         """Kill -9, and wait until the process is gone."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._code = self._process.wait()
             self._process = None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether its last process died of a segmentation fault, by itself."""
+        code = self._code if self._process is None else self._process.poll()
+        return code == -signal.SIGSEGV
+
+    def start_over(self) -> None:
+        """Start it with nothing in it."""
+        self.kill()
+        shutil.rmtree(self.data)
+        self.start()
 
     def __enter__(self) -> ChromaServer:
         """The server, started."""
