@@ -3,8 +3,8 @@
 import itertools
 import json
 import random
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys
