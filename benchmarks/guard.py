@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from sandbox import interval
 
 from society.experiments import patches
 from society.experiments.local import LocalExecutor
@@ -32,9 +33,6 @@ from society.experiments.task import Role
 from society.records import Measurement, Outcome, Split, Variant, Work
 
 CHANGE = patches.Edit("schedule.py", "return 1 - progress", "return 1.0 - progress")
-
-
-DRAWS = 2_000
 PLAIN, PATCHED = ("training", "scoring"), ("training", "model", "second model", "questions")
 """The processes of a run, in the order in which the executor tells of them."""
 
@@ -68,9 +66,9 @@ def main() -> None:
         print(json.dumps(found, indent=1))
         return
     print(f"plain run     {found['cpu_s']:.2f} s of processor time")
-    for about, (ratio, low, high) in (("processor", found["cpu"]), ("wall", found["wall"])):
+    for clock, (ratio, low, high) in (("processor", found["cpu"]), ("wall", found["wall"])):
         print(
-            f"as a patch    {100 * (ratio - 1):+.1f} % of {about} time, "
+            f"as a patch    {100 * (ratio - 1):+.1f} % of {clock} time, "
             f"95 % [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
         )
     for name, seconds in found["processes_s"].items():
@@ -98,8 +96,8 @@ async def measured(profile: str, rounds: int) -> dict[str, object]:
         await executor.close()
     return {
         "cpu_s": statistics.median(plain.cpu_s for plain, _ in pairs[1:]),
-        "cpu": interval([patched.cpu_s / plain.cpu_s for plain, patched in pairs[1:]]),
-        "wall": interval([patched.wall_s / plain.wall_s for plain, patched in pairs[1:]]),
+        "cpu": about([patched.cpu_s / plain.cpu_s for plain, patched in pairs[1:]]),
+        "wall": about([patched.wall_s / plain.wall_s for plain, patched in pairs[1:]]),
         "processes_s": {name: statistics.median(s[1:]) for name, s in executor.spent.items()},
     }
 
@@ -114,11 +112,9 @@ async def run(executor: LocalExecutor, task: Pretrain, seed: int, patch: str | N
     return done
 
 
-def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+def about(ratios: Sequence[float]) -> tuple[float, float, float]:
     """The median, and a 95 % bootstrap interval of it."""
-    drawer = random.Random(0)
-    medians = sorted(statistics.median(drawer.choices(ratios, k=len(ratios))) for _ in range(DRAWS))
-    return statistics.median(ratios), medians[round(0.025 * DRAWS)], medians[round(0.975 * DRAWS)]
+    return statistics.median(ratios), *interval(ratios)
 
 
 def own(profile: str) -> dict[str, float]:

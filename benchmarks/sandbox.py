@@ -163,13 +163,13 @@ def _cost(
     level: Level, alone: dict[Level | None, tuple[float, float]], rounds: list[dict[str, float]]
 ) -> Cost:
     ratios = [one[level] / one[PLAIN] for one in rounds]
-    low, high = _interval(ratios) if len(ratios) > 1 else (None, None)
+    low, high = interval(ratios) if len(ratios) > 1 else (None, None)
     inside, around = alone[level]
     ratio = statistics.median(ratios)
     return Cost(level, inside, around - alone[None][1], ratio, low, high, len(rounds))
 
 
-def _interval(ratios: Sequence[float]) -> tuple[float, float]:
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
     """A 95 % bootstrap interval of the median."""
     drawer = random.Random(0)
     medians = sorted(statistics.median(drawer.choices(ratios, k=len(ratios))) for _ in range(DRAWS))

@@ -38,11 +38,6 @@ def confines_itself(task: Task) -> bool:
     return bool(getattr(task, "confines_itself", False))
 
 
-def is_judged(task: Task) -> bool:
-    """Whether foreign code computes the model's answers, so that a guard has to question it."""
-    return hasattr(task, "judge") and hasattr(task, "serve")
-
-
 def enter(
     order: Order,
     task: Task,

@@ -14,7 +14,7 @@ from typing import Any
 
 from society.experiments import foreign, patches
 from society.experiments.channel import ArrayChannel
-from society.experiments.confinement import confines_itself, enter, is_judged, takes_code
+from society.experiments.confinement import confines_itself, enter, takes_code
 from society.experiments.executor import check_budget, check_score, recipe_of, train
 from society.experiments.orders import Order, Post, receive, work_of
 from society.experiments.processes import (
@@ -327,6 +327,11 @@ class Loop:
                 f"this machine offers {str(level)!r}: see society doctor."
             )
         return None
+
+
+def is_judged(task: Task) -> bool:
+    """Whether foreign code computes the model's answers, so that a guard has to question it."""
+    return hasattr(task, "judge") and hasattr(task, "serve")
 
 
 def recipe_key(work: Work) -> str:
