@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import itertools
 import json
 import math
@@ -468,6 +469,10 @@ def plain(report: TrainReport) -> Message:
 
 
 def _redirect(log: Path) -> None:
+    """Write to the log what is printed, line by line: a run that is killed leaves its last words."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

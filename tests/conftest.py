@@ -28,7 +28,11 @@ hypothesis.settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepared data goes to a folder of this session, unless one is given."""
+    """Prepared data goes to a folder of this session, unless one is given.
+
+    Programs hold back what they print, as they do where nobody has told Python otherwise.
+    """
+    os.environ.pop("PYTHONUNBUFFERED", None)
     if "SOCIETY_CACHE" not in os.environ:
         config.stash[_CACHE] = tempfile.mkdtemp(prefix="society-test-cache-")
         os.environ["SOCIETY_CACHE"] = config.stash[_CACHE]

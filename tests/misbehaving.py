@@ -88,14 +88,14 @@ class Misbehaving:
         raise ZeroDivisionError("one by none")
 
     def _exit(self, recipe, scratch):
-        print("leaving early", flush=True)
+        print("leaving early")
         os._exit(3)
 
     def _segfault(self, recipe, scratch):
         os.kill(os.getpid(), signal.SIGSEGV)
 
     def _hang(self, recipe, scratch):
-        print("hanging", flush=True)
+        print("hanging")
         (scratch.parent.parent / "hung").write_text(str(os.getpid()))
         child = os.fork()
         if child == 0:
