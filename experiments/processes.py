@@ -469,10 +469,9 @@ def plain(report: TrainReport) -> Message:
 
 
 def _redirect(log: Path) -> None:
-    """Write to the log what is printed, line by line: a run that is killed leaves its last words."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)
+    """Write what is printed to the log, line by line: a killed run leaves its last words."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error is written so anyway
+        sys.stdout.reconfigure(line_buffering=True)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
