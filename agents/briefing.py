@@ -221,6 +221,7 @@ class Briefing:
                 priority=7 + place,
                 short="signatures only; it cannot be edited now:\n"
                 + self._quoter.code(outline(files[name]), f"the champion's {name}", 4_000),
+                file=name,
                 nonce=self._quoter.nonce,
             )
             for place, name in enumerate(names)

@@ -162,6 +162,8 @@ class Section:
     """Items without which it is left out; it may be cut down to them."""
     short: str = ""
     """What stands in its place when it does not fit, e.g. signatures instead of code."""
+    file: str = ""
+    """The file that it shows, if it shows one."""
     needed: bool = False
     """Whether it is kept even if the budget does not allow for it."""
     nonce: str = ""
@@ -213,8 +215,6 @@ def _cost(text: str, count: Callable[[str], int]) -> int:
 def _smallest(section: Section) -> str:
     if section.needed and not section.least:
         return section.text
-    if section.short:
-        return replace(section, items=(section.short,)).text
     return _first(section, section.least) if section.least else ""
 
 

@@ -33,7 +33,7 @@ from society.errors import AllowanceSpent, BadAnswer, EndpointDown, UsageError
 from society.records import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from society.memory.folder import NotebookFolder
     from society.records import Usage
@@ -63,6 +63,8 @@ class Question(Generic[Answer]):
     user: str
     answer: type[Answer]
     """Forbids extra fields and bounds every string and list; all fields are asked for."""
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What text fields may say, see `forms.strict_schema`; whoever asks checks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,7 @@ class Endpoint:
     # ---------------------------------------------------------------- before and after
 
     def _prepared(self, question: Question[Answer]) -> _Asked[Answer]:
-        schema = strict_schema(question.answer)
+        schema = strict_schema(question.answer, question.words)
         request = Request(question.system, question.user, schema, question.purpose, question.agent)
         texts = (question.system, question.user, instruction(schema))
         now = time.monotonic()

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -22,9 +25,12 @@ Answer = TypeVar("Answer", bound=BaseModel)
 PROBLEMS_TOLD = 4
 """Problems of one answer that the model is told about."""
 FEEDBACK_CHARS = 600
+_ALLOWED = "allowed_"
 _UNNEEDED = ("default", "title", "discriminator")
 _BOUNDS = ("minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "uniqueItems")
 """Keywords that servers with a strict mode may refuse; the bounds are checked here anyway."""
+MOST_WORDS = 250
+"""Words that a schema may name for one field; of more, OpenAI's strict mode bounds the length."""
 _THOUGHT_END = "</think>"
 
 
@@ -80,13 +86,27 @@ class Dialect:
         return {"response_format": {"type": "json_schema", "json_schema": told}}
 
 
-def strict_schema(answer: type[BaseModel]) -> dict[str, Any]:
+def strict_schema(
+    answer: type[BaseModel], words: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> dict[str, Any]:
     """The JSON schema of a class in the form that strict modes want.
 
     Every field is required, none may be added, alternatives are `anyOf`.
+
+    Args:
+        answer: The class.
+        words: Name of a text field, at any level -> all that it may say. No words, or more than
+            strict modes take, leave the field as it is.
     """
     schema = copy.deepcopy(answer.model_json_schema())
     _visit(schema, _make_strict)
+    for name, allowed in words.items():
+        if 0 < len(allowed) <= MOST_WORDS:
+            _visit(schema, partial(_refer, name))
+            schema.setdefault("$defs", {})[_ALLOWED + name] = {
+                "type": "string",
+                "enum": list(allowed),
+            }
     return schema
 
 
@@ -159,6 +179,11 @@ def _visit(part: Any, change: Any) -> None:
     for inner in (*part.get("anyOf", ()), *part.get("allOf", ()), *part.get("prefixItems", ())):
         _visit(inner, change)
     _visit(part.get("items"), change)
+
+
+def _refer(name: str, part: dict[str, Any]) -> None:
+    if name in part.get("properties", {}):
+        part["properties"][name] = {"$ref": f"#/$defs/{_ALLOWED}{name}"}
 
 
 def _make_strict(part: dict[str, Any]) -> None:

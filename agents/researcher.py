@@ -11,13 +11,15 @@ Agents take turns in four temperaments, by their number.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from society import logs
 from society.agents import tokens
@@ -58,6 +60,8 @@ MARGIN = 64
 Short = Annotated[str, Field(max_length=300)]
 Long = Annotated[str, Field(max_length=900)]
 Name = Annotated[str, Field(max_length=60)]
+Value = Annotated[Name, BeforeValidator(lambda said: _as_text(said))]
+"""Of a knob. A text for schemas that know one type only; a number or a flag is taken as well."""
 Code = Annotated[str, Field(max_length=6_000)]
 
 T = TypeVar("T", bound=BaseModel)
@@ -73,7 +77,7 @@ class Override(Form):
     """One knob."""
 
     name: Name
-    value: Name
+    value: Value
 
 
 class EditForm(Form):
@@ -89,7 +93,7 @@ class Guess(Form):
 
     statement: Short
     name: Name
-    value: Name
+    value: Value
 
 
 class Idea(Form):
@@ -228,13 +232,14 @@ class Researcher:
         complaints: Sequence[str],
         failed: str,
     ) -> Question[Any]:
+        """The question for a proposal; for one of knobs only, if there is no room for a file."""
         marks = ["propose", knowledge.agent, str(knowledge.entropy), *complaints]
         quoter = self._quoter("\n".join(marks))
-        briefing = Briefing(knowledge, background, quoter)
-        return self._question(
+        sections = Briefing(knowledge, background, quoter).for_proposal(files, failed, complaints)
+        question = self._question(
             knowledge.agent,
             "propose",
-            briefing.for_proposal(files, failed, complaints),
+            sections,
             CodeIdea if files else Idea,
             temperament_of(knowledge.agent),
             metric=background.about.partition(":")[0],
@@ -242,6 +247,10 @@ class Researcher:
             code=bool(files),
             complaints=[quoter.line(one, "a complaint", 600) for one in complaints[-CORRECTIONS:]],
         )
+        shown = [one.file for one in sections if one.file and one.text in question.user]
+        if files and not shown:
+            return self._ask_for_idea(knowledge, background, {}, complaints, failed)
+        return replace(question, words={"name": list(knowledge.space.knobs), "file": shown})
 
     def _proposal(
         self, answer: Idea | CodeIdea, knowledge: Knowledge, files: Mapping[str, str]
@@ -497,6 +506,10 @@ def _diff(sources: Mapping[str, str], champion: Variant, variant: Variant) -> li
         before, after = old.get(name, "").splitlines(), new[name].splitlines()
         found += difflib.unified_diff(before, after, name, name, n=3, lineterm="")
     return found
+
+
+def _as_text(said: object) -> object:
+    return json.dumps(said) if isinstance(said, bool | int | float) else said
 
 
 def _sentence(text: str) -> str:

@@ -38,7 +38,7 @@ from society.agents import tokens
 from society.agents.allowance import Allowance
 from society.agents.answers import Answers
 from society.agents.endpoint import Endpoint, Question, is_local, require_key
-from society.agents.forms import Dialect, Form, read, strict_schema, without_bounds
+from society.agents.forms import MOST_WORDS, Dialect, Form, read, strict_schema, without_bounds
 from society.agents.throttle import BURST_S, FAILURES, OPEN_S, Circuit, Gate, Pace
 from society.agents.transcript import Redactor, Transcript, read_transcript
 from society.errors import AllowanceSpent, BadAnswer, EndpointDown, UnknownName, UsageError
@@ -209,6 +209,23 @@ def test_a_schema_is_made_strict_at_every_level():
     bare = json.dumps(without_bounds(schema))
     assert "maxItems" not in bare
     assert "maxLength" not in bare
+
+
+def test_a_schema_names_the_words_that_a_field_may_say():
+    class Edit(BaseModel):
+        file: str = Field(max_length=9)
+
+    class Plan(BaseModel):
+        title: str
+        file: str
+        edits: list[Edit]
+
+    many = list(map(str, range(MOST_WORDS + 1)))
+    schema = strict_schema(Plan, {"file": ["a.py", "b.py"], "title": many, "nothing": []})
+    words = schema["properties"]["file"]
+    assert schema["$defs"][words["$ref"].rpartition("/")[2]]["enum"] == ["a.py", "b.py"]
+    assert schema["$defs"]["Edit"]["properties"]["file"] == words
+    assert schema["properties"]["title"] == {"type": "string"}
 
 
 # --------------------------------------------------------------------------- bad servers

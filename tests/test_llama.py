@@ -12,6 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from society.experiments import Space, load_task
+from society.memory.ledger import Ledger
+from society.records import Outcome
+
 SERVER = """
 import sys, time
 import xllamacpp
@@ -32,10 +36,10 @@ CONFIG = """
 endpoint:
   model: smollm2
   base_url: {url}
-  context_tokens: 1300
-  answer_tokens: 300
+  context_tokens: 2500
+  answer_tokens: 700
   deadline_s: 150
-  max_tokens: 15000
+  max_tokens: 20000
   temperature: 0.7
 """
 
@@ -76,26 +80,37 @@ def llama():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_society_asks_a_real_model(llama, tmp_path):
-    config = tmp_path / "config.yaml"
+    config, lab = tmp_path / "config.yaml", tmp_path / "lab"
     config.write_text(CONFIG.format(url=llama))
     done = subprocess.run(
         [
             sys.executable, "-m", "society", "run", "--agents", "4", "--brain", "openai",
-            "--config", config, "--task", "synthetic", "--runs", "24", "--plain",
-            "--lab", tmp_path / "lab",
+            "--config", config, "--runs", "24", "--plain", "--lab", lab,
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=540, check=False,
+        capture_output=True, text=True, timeout=840, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Brain: openai (smollm2 at {llama})" in done.stdout
-    assert (tmp_path / "lab" / "report" / "report.md").exists()
-    calls = [
+    assert (lab / "report" / "report.md").exists()
+    knobs = set(Space.of(load_task("pretrain", "cpu")).knobs)
+    ideas = [
+        call["parsed"] for call in calls(lab) if call["purpose"] == "propose" and call["parsed"]
+    ]
+    assert ideas
+    assert {one["name"] for idea in ideas for one in idea["overrides"]} <= knobs, "as the form says"
+    with Ledger.open(lab, read_only=True) as ledger:
+        runs = ledger.runs()
+    assert {run.outcome for run in runs} <= {Outcome.COMPLETED, Outcome.DIVERGED}
+    assert len(runs) == 24, "whatever the model said, every run was of a valid variant"
+
+
+def calls(lab):
+    """What was asked, by the transcripts of a notebook."""
+    return [
         json.loads(line)
-        for file in (tmp_path / "lab" / "transcripts").iterdir()
+        for file in (lab / "transcripts").iterdir()
         for line in file.read_text().splitlines()
     ]
-    answered = [one for one in calls if one.get("outcome") == "answered"]
-    assert [one for one in answered if one["purpose"] == "propose"]

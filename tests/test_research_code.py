@@ -22,7 +22,7 @@ from test_researcher import KEY, known, run_async
 
 from society.agents.context import CUT, WITHHELD, Quoter, inert
 from society.agents.forms import read
-from society.agents.researcher import Researcher
+from society.agents.researcher import Idea, Researcher
 from society.errors import EndpointDown
 from society.experiments import patches, sandbox
 from society.experiments.coderules import Rules
@@ -305,10 +305,10 @@ class Reading:
         return read(given if isinstance(given, str) else json.dumps(given), question.answer)
 
 
-def propose(*given, rules=None, **changes):
+def propose(*given, rules=None, room=16_000, sources=SOURCES, **changes):
     endpoint = Reading(*given)
-    thinker = Researcher(endpoint, EndpointSettings(model="m", context_tokens=16_000), KEY)
-    background = replace(known().background, sources=SOURCES, rules=rules)
+    thinker = Researcher(endpoint, EndpointSettings(model="m", context_tokens=room), KEY)
+    background = replace(known().background, sources=sources, rules=rules)
     asked = known(background=background, **changes)
     return run_async(thinker.propose(asked)), endpoint.questions
 
@@ -340,6 +340,25 @@ def test_a_bad_answer_is_told_to_its_author_who_may_put_it_right(wrong, words):
     assert len(questions) == 1 + bool(words)
     assert words in questions[-1].user
     assert len(questions[-1].user) < 60_000
+
+
+def test_only_files_that_are_shown_and_knobs_that_exist_can_be_named():
+    long = "".join(f"RATE_{number} = {number}\n" for number in range(2_000))
+    _, (question,) = propose(idea(FASTER), sources={**SOURCES, "other.py": long})
+    assert question.words["file"] == ["pull.py"]
+    assert set(question.words["name"]) == set(known().space.knobs)
+
+
+def test_without_room_for_a_file_knobs_are_asked_for():
+    long = "".join(f"RATE_{number} = {number}\n" for number in range(2_000))
+    answer = {name: value for name, value in idea().items() if name in Idea.model_fields}
+    proposal, (question,) = propose(
+        answer | {"overrides": [{"name": "lr", "value": 0.08}]}, room=3_000, sources={"a.py": long}
+    )
+    assert (question.answer, question.words["file"]) == (Idea, [])
+    assert "edits" not in question.user
+    assert "a.py" not in question.user
+    assert proposal.variant.overrides["lr"] == 0.08, "a number is as good as its text"
 
 
 def test_what_a_task_allows_is_allowed():
