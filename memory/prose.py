@@ -34,7 +34,7 @@ from society.records import (
 
 if TYPE_CHECKING:
     from society.memory.feed import Posted, Records, Reign, Screened
-    from society.memory.ledger import Ledger
+    from society.memory.reader import LedgerReader
 
 KINDS = ("run", "claim", "verdict", "hypothesis", "insight", "prior")
 """What a passage can be about."""
@@ -160,7 +160,7 @@ ALL = Filter()
 class Prose:
     """Writes passages about one ledger."""
 
-    def __init__(self, ledger: Ledger, *, lower_is_better: bool = True) -> None:
+    def __init__(self, ledger: LedgerReader, *, lower_is_better: bool = True) -> None:
         """Read from `ledger`; the direction of its metric says what an improvement is."""
         self._ledger = ledger
         self._lower_is_better = lower_is_better

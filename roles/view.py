@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from society.experiments.space import Space
     from society.experiments.task import Task
-    from society.memory.ledger import Ledger
     from society.memory.mirror import Board, Docket
+    from society.memory.reader import LedgerReader
     from society.records import Champion, Claim, Lease, Noise, Run, Scope
 
 CANDIDATES = 100
@@ -49,7 +49,7 @@ class View:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: LedgerReader,
         *,
         scope: Scope,
         society: str,

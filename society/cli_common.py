@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from society.experiments.space import Space
     from society.experiments.task import Task
-    from society.memory.ledger import Ledger
+    from society.memory.reader import LedgerReader
     from society.records import Scope, SocietyRecord
 
 Lab = Annotated[Path, typer.Option("--lab", help="Folder of the notebook.", show_default=True)]
@@ -29,7 +29,7 @@ LAB = Path("lab")
 class Opened:
     """A notebook opened for reading, and what its last society works on."""
 
-    ledger: Ledger
+    ledger: LedgerReader
     record: SocietyRecord
     """The folder's last society; the ledger's last one where the folder has had none."""
     scope: Scope
@@ -40,7 +40,7 @@ class Opened:
 
 
 @contextmanager
-def reading(lab: Path) -> Iterator[Ledger]:
+def reading(lab: Path) -> Iterator[LedgerReader]:
     """The ledger of a notebook, read-only, also beside the process that writes to it.
 
     Raises:
@@ -89,7 +89,7 @@ def task_of(record: SocietyRecord) -> Task:
     return load_task(name, str(profile))
 
 
-def _latest_scope(ledger: Ledger, scopes: Sequence[Scope], key: str, society: str) -> Scope:
+def _latest_scope(ledger: LedgerReader, scopes: Sequence[Scope], key: str, society: str) -> Scope:
     """The scope of the society's last run; before it, of the task's; of its baseline before any."""
     from society.records import SOCIETY_KINDS
 
@@ -104,7 +104,7 @@ def _latest_scope(ledger: Ledger, scopes: Sequence[Scope], key: str, society: st
     return mine[-1]
 
 
-def studies_of(ledger: Ledger) -> list[dict[str, Any]]:
+def studies_of(ledger: LedgerReader) -> list[dict[str, Any]]:
     """The latest study of each kind, task and tier, each with one sentence about its result."""
     latest = {(study.scope, study.kind): study for study in ledger.studies()}
     return [

@@ -12,6 +12,7 @@ from society.errors import RecallUnavailable, UnknownName, UsageError
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
 from society.memory.prose import Filter
+from society.memory.reader import LedgerReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,7 @@ class Wanted:
     since: str | None = None
     until: str | None = None
 
-    def filter(self, ledger: Ledger) -> Filter:
+    def filter(self, ledger: LedgerReader) -> Filter:
         """The filter that is meant.
 
         Raises:
@@ -120,7 +121,7 @@ def moment(option: str, text: str, now: float) -> float:
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
 
 
-def _check_knob(ledger: Ledger, knob: str) -> None:
+def _check_knob(ledger: LedgerReader, knob: str) -> None:
     """Accept a knob of the last society's task, or one that some passage is about."""
     from society.experiments.space import Space
     from society.memory.prose import Prose
@@ -132,7 +133,7 @@ def _check_knob(ledger: Ledger, knob: str) -> None:
     raise UnknownName("knob", knob, known)
 
 
-def lower_is_better(ledger: Ledger) -> bool:
+def lower_is_better(ledger: LedgerReader) -> bool:
     """Whether lower scores are better in the task of the last society."""
     records = ledger.societies()
     return not records or task_of(records[-1]).direction.sign < 0

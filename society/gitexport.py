@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from society.experiments.provenance import Source
     from society.experiments.space import Space
     from society.experiments.task import Task
-    from society.memory.ledger import Ledger
+    from society.memory.reader import LedgerReader
     from society.records import Champion, Claim, Run, Scope, Variant
 
 NAME, MAIL = "Society", "society@localhost"
@@ -48,7 +48,7 @@ class Commit:
 class History:
     """What there is to export from one notebook."""
 
-    def __init__(self, ledger: Ledger, scope: Scope, task: Task, space: Space) -> None:
+    def __init__(self, ledger: LedgerReader, scope: Scope, task: Task, space: Space) -> None:
         """Of one task on one tier; reads only."""
         self._ledger, self._scope, self._task, self._space = ledger, scope, task, space
         self._entries = ledger.champions(scope)

@@ -21,8 +21,8 @@ from society.records import Outcome, RunKind, Variant
 
 if TYPE_CHECKING:
     from society.experiments.task import Task
-    from society.memory.ledger import Ledger
     from society.memory.links import Links, Whereabouts
+    from society.memory.reader import LedgerReader
     from society.records import Champion, Claim, Hypothesis, Run, Study
 
 NEIGHBOURS = 5
@@ -46,7 +46,7 @@ class Found:
     """The code change of the variant it is about."""
 
 
-def lookup(ledger: Ledger, identity: str) -> Found:
+def lookup(ledger: LedgerReader, identity: str) -> Found:
     """A record of any kind by its id, with everything that is linked to it.
 
     Raises:
@@ -64,7 +64,7 @@ def lookup(ledger: Ledger, identity: str) -> Found:
 class _Desk:
     """One task and tier of a ledger, and how to say things about it."""
 
-    def __init__(self, ledger: Ledger, where: Whereabouts) -> None:
+    def __init__(self, ledger: LedgerReader, where: Whereabouts) -> None:
         self.ledger = ledger
         self.where = where
         self.scope = where.scope
@@ -400,7 +400,7 @@ def _said(value: Any) -> str:
     return "unset" if value is None else str(value)
 
 
-def _task(ledger: Ledger, key: str) -> Task | None:
+def _task(ledger: LedgerReader, key: str) -> Task | None:
     """The task of a scope, as a society was started with it; None where it cannot be loaded."""
     name, _, profile = key.partition("/")
     asked = [(one.settings.get("task"), one.settings.get("profile")) for one in ledger.societies()]

@@ -22,6 +22,7 @@ from society.records import PATCH_MARK
 if TYPE_CHECKING:
     from society.experiments.task import Task
     from society.memory.ledger import Ledger
+    from society.memory.reader import LedgerReader
     from society.records import Environment, Variant
 
 PROFILE_FILE = "profile.yaml"
@@ -69,7 +70,7 @@ def keep_patch(ledger: Ledger, task: Task, variant: Variant) -> None:
     ledger.keep_source(digest, Source({PATCHED: files}).pack())
 
 
-def kept_patch(ledger: Ledger, variant: Variant) -> Mapping[str, str] | None:
+def kept_patch(ledger: LedgerReader, variant: Variant) -> Mapping[str, str] | None:
     """The files that `keep_patch` kept; None if there are none, or they are not what they say."""
     digest = code_digest(variant)
     packed = None if digest is None else ledger.source(digest)
@@ -98,7 +99,7 @@ class Recorded:
     """The files that the run's patch amounts to; None without one."""
 
     @classmethod
-    def of(cls, ledger: Ledger, environment: Environment) -> Recorded:
+    def of(cls, ledger: LedgerReader, environment: Environment) -> Recorded:
         """What the ledger holds about an environment."""
         packed = ledger.source(environment.code)
         return cls(
@@ -106,7 +107,7 @@ class Recorded:
         )
 
     @classmethod
-    def named(cls, ledger: Ledger, name: str) -> Recorded:
+    def named(cls, ledger: LedgerReader, name: str) -> Recorded:
         """What is kept under a digest, or belongs to a run.
 
         Raises:

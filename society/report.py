@@ -42,7 +42,7 @@ from society.records import (
 )
 
 if TYPE_CHECKING:
-    from society.memory.ledger import Ledger
+    from society.memory.reader import LedgerReader
 
 NARRATOR, NARRATIVE = "narrator", "Narrative: "
 """Who posts the narrative of a society as an insight, and how it begins."""
@@ -272,7 +272,7 @@ class Report:
 
 
 def build_report(
-    ledger: Ledger, scope: Scope, task: Task, space: Space, society: str = ""
+    ledger: LedgerReader, scope: Scope, task: Task, space: Space, society: str = ""
 ) -> Report:
     """Everything the ledger knows about one task on one tier, as it is now. Only reads.
 
@@ -350,7 +350,7 @@ def _confinement(runs: Iterable[Run]) -> tuple[Confinement, ...]:
     return tuple(Confinement(level, n, patched[level]) for level, n in made.most_common())
 
 
-def _involved(runs: Sequence[Run], claims: Sequence[Claim], ledger: Ledger) -> set[str]:
+def _involved(runs: Sequence[Run], claims: Sequence[Claim], ledger: LedgerReader) -> set[str]:
     """Societies that worked on this task and tier; all of them while nothing has been run."""
     named = {run.society for run in runs} | {claim.society for claim in claims}
     return named or {one.id for one in ledger.societies() if not one.is_study}
@@ -371,7 +371,7 @@ def _loads_as(task: Task) -> str:
     return f"{type(task).__module__}:{type(task).__qualname__}"
 
 
-def pool_of(ledger: Ledger, scope: Scope, variant: Variant) -> Pool:
+def pool_of(ledger: LedgerReader, scope: Scope, variant: Variant) -> Pool:
     """A variant's holdout scores on the verification seeds of one task and tier."""
     from scipy.special import stdtrit
 
@@ -386,13 +386,13 @@ def pool_of(ledger: Ledger, scope: Scope, variant: Variant) -> Pool:
     return Pool(variant, mean, half, n, len(found) - n, scores)
 
 
-def _champions(ledger: Ledger, scope: Scope) -> tuple[tuple[Champion, Pool], ...]:
+def _champions(ledger: LedgerReader, scope: Scope) -> tuple[tuple[Champion, Pool], ...]:
     history = ledger.champions(scope)
     return tuple((entry, pool_of(ledger, scope, entry.variant)) for entry in history)
 
 
 def _headline(
-    ledger: Ledger,
+    ledger: LedgerReader,
     scope: Scope,
     task: Task,
     runs: Sequence[Run],
@@ -537,7 +537,7 @@ def _certified(claims: Sequence[Claim]) -> frozenset[str]:
     )
 
 
-def _ideas(ledger: Ledger, scope: Scope, task: Task) -> tuple[Idea, ...]:
+def _ideas(ledger: LedgerReader, scope: Scope, task: Task) -> tuple[Idea, ...]:
     noise = ledger.noise(scope)
     found = outcomes(
         ledger.hypotheses(scope),
@@ -554,7 +554,7 @@ def _ideas(ledger: Ledger, scope: Scope, task: Task) -> tuple[Idea, ...]:
 
 def _agents(
     societies: Iterable[SocietyRecord],
-    ledger: Ledger,
+    ledger: LedgerReader,
     runs: Sequence[Run],
     claims: Sequence[Claim],
 ) -> tuple[AgentWork, ...]:

@@ -14,7 +14,7 @@ from society.records import Decision, RunKind
 from society.report import pool_of
 
 if TYPE_CHECKING:
-    from society.memory.ledger import Ledger
+    from society.memory.reader import LedgerReader
     from society.records import Champion, Effect, Noise, Scope
     from society.report import Pool
 
@@ -39,7 +39,7 @@ class Standing:
     """Runs of societies on this task and tier."""
 
 
-def standings(ledger: Ledger, task: str | None = None) -> tuple[Standing, ...]:
+def standings(ledger: LedgerReader, task: str | None = None) -> tuple[Standing, ...]:
     """Where every task stands on every tier, by task, class and tier.
 
     Args:
@@ -57,7 +57,7 @@ def standings(ledger: Ledger, task: str | None = None) -> tuple[Standing, ...]:
     )
 
 
-def _standing(ledger: Ledger, scope: Scope, champion: Champion) -> Standing:
+def _standing(ledger: LedgerReader, scope: Scope, champion: Champion) -> Standing:
     claim = None if champion.claim_id is None else ledger.claim(champion.claim_id)
     verdict = None if claim is None else claim.verdict
     counts = ledger.counts(scope)
@@ -73,7 +73,7 @@ def _standing(ledger: Ledger, scope: Scope, champion: Champion) -> Standing:
     )
 
 
-def _memory(ledger: Ledger, scope: Scope) -> int:
+def _memory(ledger: LedgerReader, scope: Scope) -> int:
     """Memory of the accelerator that the tier's latest run was made on; 0 where nobody knows."""
     latest = ledger.runs(scope, last=1)
     return latest[0].environment.mem_bytes if latest else 0

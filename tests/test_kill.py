@@ -24,7 +24,8 @@ from ledger_audit import breaches
 from postgres import Server
 
 from society.errors import LeaseLost, LedgerUnreachable, NotebookDamaged, SocietyError
-from society.memory.ledger import Ledger, Posted
+from society.memory.feed import Posted
+from society.memory.ledger import Ledger
 from society.memory.prose import Prose
 from society.records import (
     Budget,
