@@ -60,11 +60,18 @@ MARGIN = 64
 Short = Annotated[str, Field(max_length=300)]
 Long = Annotated[str, Field(max_length=900)]
 Name = Annotated[str, Field(max_length=60)]
-Value = Annotated[Name, BeforeValidator(lambda said: _as_text(said))]
-"""Of a knob. A text for schemas that know one type only; a number or a flag is taken as well."""
 Code = Annotated[str, Field(max_length=6_000)]
 
 T = TypeVar("T", bound=BaseModel)
+
+
+def _as_text(said: object) -> object:
+    """A number or a flag of JSON as the text that it stands for."""
+    return json.dumps(said) if isinstance(said, bool | int | float) else said
+
+
+Value = Annotated[Name, BeforeValidator(_as_text)]
+"""Of a knob. Schemas ask for a text, so that one type does for all; others are taken as well."""
 
 
 class Form(BaseModel):
@@ -506,10 +513,6 @@ def _diff(sources: Mapping[str, str], champion: Variant, variant: Variant) -> li
         before, after = old.get(name, "").splitlines(), new[name].splitlines()
         found += difflib.unified_diff(before, after, name, name, n=3, lineterm="")
     return found
-
-
-def _as_text(said: object) -> object:
-    return json.dumps(said) if isinstance(said, bool | int | float) else said
 
 
 def _sentence(text: str) -> str:
