@@ -212,6 +212,19 @@ def test_a_server_that_dies_of_its_index_works_without_it(notes, server):
     _agrees(notes, server)
 
 
+def test_a_server_whose_index_was_cut_short_is_filled_by_reindex(notes, server):
+    notes.write(1_100)  # from 1,000 on Chroma keeps files of vectors
+    _agrees(notes, server)
+    server.kill()
+    cut = next(server.data.rglob("index_metadata.pickle"))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    server.start()
+    with pytest.raises(RecallUnavailable) as refusal:
+        _agrees(notes, server)
+    _reindex(notes, server, refusal.value)
+    _agrees(notes, server)
+
+
 def test_the_server_is_killed_in_mid_write(notes, server):
     _killed(notes, server, kills=3)
 
@@ -250,8 +263,11 @@ def _killed(notes, server, kills):
     assert len(notes.expected()) == written + 2  # every acknowledged record is in the ledger
     try:
         _agrees(notes, server)
-    except RecallUnavailable:
-        _mend(server)
+    except RecallUnavailable as error:
+        if server.crashed:
+            _mend(server)
+        else:
+            _reindex(notes, server, error)
         _agrees(notes, server)
     assert lost
 
@@ -273,6 +289,12 @@ def _mend(server):
     """After some kills Chroma 1.5.9 dies of its own index whenever that is read: take it away."""
     assert server.crashed
     server.start_over()
+
+
+def _reindex(notes, server, error):
+    """After other kills a file of its index is cut short: do what the error says."""
+    assert "society memory reindex" in str(error)
+    Recall.rebuild(notes.path, notes.ledger, at=server.url).close()
 
 
 def _feed(notes, server, stop, lost):
