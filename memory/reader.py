@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import Select, and_, exists, func, select
+from sqlalchemy import Connection, RowMapping, Select, and_, exists, func, select
 
 from society.errors import InvariantViolated
 from society.memory import exchange, feed, leases, links, rows, tally
@@ -189,9 +189,7 @@ class LedgerReader:
             InvariantViolated: no run of this id has finished.
         """
         with self._db.read() as tx:
-            row = tx.execute(select(runs).where(runs.c.id == id)).mappings().first()
-            if row is None:
-                raise InvariantViolated(f"No finished run {id!r} in {self.path}.")
+            row = self._row(tx, select(runs).where(runs.c.id == id), "finished run", id)
             return rows.to_run(row, self._mirror.known(tx))
 
     def runs(
@@ -404,9 +402,7 @@ class LedgerReader:
             InvariantViolated: there is no such hypothesis.
         """
         with self._db.read() as tx:
-            row = tx.execute(exchange.listing(id=id)).mappings().first()
-            if row is None:
-                raise InvariantViolated(f"No hypothesis {id!r} in {self.path}.")
+            row = self._row(tx, exchange.listing(id=id), "hypothesis", id)
             return rows.to_hypothesis(row, self._mirror.known(tx))
 
     def insight(self, id: str) -> Insight:
@@ -416,10 +412,8 @@ class LedgerReader:
             InvariantViolated: there is no such insight.
         """
         with self._db.read() as tx:
-            row = tx.execute(select(insights).where(insights.c.id == id)).mappings().first()
-        if row is None:
-            raise InvariantViolated(f"No insight {id!r} in {self.path}.")
-        return rows.to_insight(row)
+            query = select(insights).where(insights.c.id == id)
+            return rows.to_insight(self._row(tx, query, "insight", id))
 
     def prior(self, id: str) -> Prior:
         """One result that a user brought along.
@@ -428,10 +422,8 @@ class LedgerReader:
             InvariantViolated: there is no such result.
         """
         with self._db.read() as tx:
-            row = tx.execute(select(priors).where(priors.c.id == id)).mappings().first()
-        if row is None:
-            raise InvariantViolated(f"No prior result {id!r} in {self.path}.")
-        return rows.to_prior(row)
+            query = select(priors).where(priors.c.id == id)
+            return rows.to_prior(self._row(tx, query, "prior result", id))
 
     def refusals(
         self, scope: Scope | None = None, *, society: str | None = None
@@ -597,6 +589,13 @@ class LedgerReader:
         with self._db.read() as tx:
             value = tx.execute(select(counters.c.value).where(counters.c.name == name)).scalar()
         return int(value or 0)
+
+    def _row(self, tx: Connection, query: Select[Any], kind: str, id: str) -> RowMapping:
+        """The row that an id names. Raises `InvariantViolated` if there is none."""
+        row = tx.execute(query).mappings().first()
+        if row is None:
+            raise InvariantViolated(f"No {kind} {id!r} in {self.path}.")
+        return row
 
 
 def _scope_of(scope: Scope) -> Any:

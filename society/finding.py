@@ -12,11 +12,12 @@ from society.errors import RecallUnavailable, UnknownName, UsageError
 from society.memory.folder import NotebookFolder
 from society.memory.ledger import Ledger
 from society.memory.prose import Filter
-from society.memory.reader import LedgerReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from society.memory.reader import LedgerReader
 
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([mhdw])")
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -138,6 +138,15 @@ def test_an_answer_is_an_object_of_its_class_and_is_charged_as_reported():
     assert seen.body["max_tokens"] == 4000
     assert "temperature" not in seen.body
     assert not seen.body.get("stream")
+
+
+def test_the_server_is_told_the_words_that_a_field_may_say():
+    wanted = replace(question(), words={"idea": ["wider", "deeper"]})
+    with ScriptedEndpoint([answer(GOOD)]) as server:
+        ask(server.url, Book(), wanted)
+        (seen,) = server.asked
+    assert seen.schema["properties"]["idea"] == {"$ref": "#/$defs/allowed_idea"}
+    assert seen.schema["$defs"]["allowed_idea"]["enum"] == ["wider", "deeper"]
 
 
 def test_a_local_server_needs_no_key():
